@@ -1,0 +1,316 @@
+"""From a closure to gradients: what becomes of `.grad`, randomness and buffers meanwhile.
+
+A closure is the user's code. It may zero gradients or leave them, loop over micro-batches, clip,
+draw dropout masks, or raise. `HarmfulPasses` runs the harmful closure twice and yields −∇h(w) and
+∇h(w′) − ∇h(w) whatever it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_booster.distributed import local, placed_like
+from torch_booster.functional import add_
+
+__all__ = ["Closure", "HarmfulPasses", "run", "summed"]
+
+Closure = Callable[[], Tensor | float]
+
+
+def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float:
+    """Calls a closure with gradients enabled and insists that it made some.
+
+    Args:
+        closure: Runs forward and backward, returns the loss.
+        name: What to call the closure in an error.
+        params: Parameters, at least one of which must receive a gradient.
+
+    Returns:
+        What the closure returned.
+
+    Raises:
+        RuntimeError: No parameter received a gradient, or a gradient is sparse.
+    """
+    before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
+    with torch.enable_grad():
+        loss = closure()
+    touched = False
+    for param, (grad, version) in zip(params, before, strict=True):
+        if param.grad is None:
+            continue
+        if param.grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{name} made a gradient of layout {param.grad.layout}, but Booster's arithmetic "
+                "is dense. Build the embedding with sparse=False."
+            )
+        touched = touched or param.grad is not grad or param.grad._version != version
+    if not touched:
+        raise RuntimeError(
+            f"{name} made no gradients: no parameter of the optimizer has a new .grad. Call "
+            "loss.backward() in the closure, on a loss that depends on these parameters."
+        )
+    return loss
+
+
+def summed(
+    into: Sequence[Tensor | None], grads: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Adds gradients to gradients in place, None counting as zero.
+
+    Args:
+        into: Gradients to add to, aligned with `params` and placed as they are.
+        grads: Gradients to add, aligned with `params`.
+        params: The parameters they belong to.
+
+    Returns:
+        For each parameter the tensor of `into`, or of `grads` where `into` has none.
+    """
+    pairs = [
+        (local(a), local(placed_like(b, p)))
+        for a, b, p in zip(into, grads, params, strict=True)
+        if a is not None and b is not None
+    ]
+    add_([a for a, _ in pairs], [b for _, b in pairs])
+    return [b if a is None else a for a, b in zip(into, grads, strict=True)]
+
+
+class GradWatch:
+    """Watches a closure: does it do anything to `.grad` other than accumulate into it?
+
+    Autograd bumps a gradient's version once for each accumulation and keeps the tensor. Any other
+    writer (`zero_grad` of either kind, clipping, a communication hook) shows up as another
+    tensor or as an extra version.
+
+    Args:
+        params: Leaf tensors that require gradients, each with a dense `.grad`.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+        self._grads = [_grad(p) for p in params]
+        self._start = [g._version for g in self._grads]
+        self._accumulations = [0] * len(params)
+        self.zeroed: set[int] = set()  # indices whose .grad was gone when the first gradient came
+
+    def __enter__(self) -> GradWatch:
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._accumulated, i))
+            for i, p in enumerate(self._params)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _accumulated(self, index: int, _: Tensor) -> None:
+        self._accumulations[index] += 1
+        if self._accumulations[index] == 1 and not self._only_accumulated(index):
+            self.zeroed.add(index)
+
+    def _only_accumulated(self, index: int) -> bool:
+        grad = self._grads[index]
+        changes = grad._version - self._start[index]
+        return self._params[index].grad is grad and changes == self._accumulations[index]
+
+    def only_accumulated(self) -> bool:
+        """Whether every `.grad` is the tensor it was, changed by accumulation alone."""
+        return all(map(self._only_accumulated, range(len(self._params))))
+
+    def reached(self) -> list[bool]:
+        """Which parameters the closure gave a gradient.
+
+        A closure may write gradients by hand, so a changed `.grad` counts, unless the closure
+        also edits what autograd accumulates: then it is `zero_grad` or the like passing over a
+        parameter that the loss does not depend on.
+        """
+        edits = any(n and not self._only_accumulated(i) for i, n in enumerate(self._accumulations))
+        return [
+            n > 0 or p.grad is not grad or (grad._version != version and not edits)
+            for n, p, grad, version in zip(
+                self._accumulations, self._params, self._grads, self._start, strict=True
+            )
+        ]
+
+
+class HarmfulPasses:
+    """∇h at w and again at w′ ("regrad"), through one closure, with as little memory as it allows.
+
+    Where the closure only accumulates, −∇h(w) stays in `.grad` and the second pass adds ∇h(w′) to
+    it. Where it zeroes or edits `.grad`, −∇h(w) waits in a copy. Gradients that were there before
+    are set aside and come back on exit.
+
+    Args:
+        closure: The harmful closure.
+        params: The trainable parameters.
+        replay_rng: Give the second pass the random state of the first (equal dropout masks).
+        module: Module whose buffers both passes must find, and leave, as they are.
+        forget_zeroed: Gradients set aside are dropped where the closure zeroes them.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Sequence[Tensor],
+        replay_rng: bool,
+        module: nn.Module | None,
+        forget_zeroed: bool,
+    ) -> None:
+        self._closure = closure
+        self._params = params
+        self._forget_zeroed = forget_zeroed
+        self._rng = _RandomState() if replay_rng else None
+        self._buffers = _Buffers(module)
+        self._kept: list[Tensor | None] = [None] * len(params)
+        self._accumulates = False
+        self._negative: list[Tensor | None] = []
+
+    def __enter__(self) -> HarmfulPasses:
+        self._kept = [None if p.grad is None else p.grad.clone() for p in self._params]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for param, kept in zip(self._params, self._kept, strict=True):
+            param.grad = kept
+        self._buffers.restore()
+        torch.clear_autocast_cache()
+
+    def first(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Runs the closure at w.
+
+        Returns:
+            h(w), and −∇h(w) with None for parameters that the closure does not reach.
+        """
+        for param in self._params:
+            param.grad = torch.zeros_like(param)  # something that zero_grad would have to touch
+        with GradWatch(self._params) as watch:
+            loss = self._run()
+        self._accumulates = watch.only_accumulated()
+        if self._forget_zeroed:
+            for index in watch.zeroed:
+                self._kept[index] = None
+        grads = [p.grad if r else None for p, r in zip(self._params, watch.reached(), strict=True)]
+        del watch  # and with it the zeros, where the closure has dropped them
+        if not self._accumulates:
+            grads = [
+                None if g is None else placed_like(g, p).clone()
+                for g, p in zip(grads, self._params, strict=True)
+            ]
+            self._clear()
+        torch._foreach_neg_([local(g) for g in grads if g is not None])
+        self._negative = grads
+        return loss, grads
+
+    def second(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Runs the closure again, at w′, on the randomness and the buffers of the first pass.
+
+        Returns:
+            h(w′), and ∇h(w′) − ∇h(w) with None for parameters that neither pass reached. The
+            tensors are no longer any parameter's `.grad`.
+        """
+        if self._rng is not None:
+            self._rng.restore()
+        self._buffers.restore()
+        if self._accumulates:
+            return self._second_onto_first()
+        loss = self._run()
+        grads = [
+            p.grad.clone() if negative is None and p.grad is not None else p.grad
+            for negative, p in zip(self._negative, self._params, strict=True)
+        ]
+        return loss, summed(self._negative, grads, self._params)
+
+    def _second_onto_first(self) -> tuple[Tensor, list[Tensor | None]]:
+        with GradWatch(self._params) as watch:
+            loss = self._run()
+        if not watch.only_accumulated():
+            raise RuntimeError(
+                "harmful_closure zeroed or edited .grad on its second call, though it only "
+                "accumulated on its first. Both calls must do the same: the second one evaluates "
+                "the same loss on the same batch at the perturbed weights."
+            )
+        difference = [
+            p.grad if negative is not None or reached else None
+            for negative, p, reached in zip(
+                self._negative, self._params, watch.reached(), strict=True
+            )
+        ]
+        self._clear()
+        return loss, difference
+
+    def _run(self) -> Tensor:
+        # The cache would serve casts of the weights as they were before the last change.
+        torch.clear_autocast_cache()
+        loss = run(self._closure, "harmful_closure", self._params)
+        if not isinstance(loss, Tensor):
+            return _loss_from_number(loss)
+        if loss.numel() != 1:
+            raise ValueError(
+                f"harmful_closure must return a scalar loss, got a tensor of shape "
+                f"{tuple(loss.shape)}. Return loss.mean() or loss.sum()."
+            )
+        return loss.detach().clone().reshape(())
+
+    def _clear(self) -> None:
+        for param in self._params:
+            param.grad = None
+
+
+class _RandomState:
+    """Random state of the CPU and of every device of the accelerator in use."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._module: Any = None
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            self._module = torch.get_device_module(accelerator)
+            if hasattr(self._module, "get_rng_state_all"):
+                self._devices = self._module.get_rng_state_all()
+            else:
+                self._devices = self._module.get_rng_state()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._module is not None:
+            if hasattr(self._module, "set_rng_state_all"):
+                self._module.set_rng_state_all(self._devices)
+            else:
+                self._module.set_rng_state(self._devices)
+
+
+class _Buffers:
+    """Values of a module's buffers, such as BatchNorm's running statistics."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._saved = [
+            (owner._buffers, name, buffer, buffer.clone())
+            for owner in (module.modules() if module is not None else ())
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for owner, name, buffer, value in self._saved:
+            buffer.copy_(value)
+            owner[name] = buffer
+
+
+def _grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _loss_from_number(loss: Any) -> Tensor:
+    if isinstance(loss, bool) or not isinstance(loss, Real):
+        raise TypeError(
+            f"harmful_closure must return its loss, got {loss!r}. End it with `return loss`."
+        )
+    return torch.tensor(float(loss))
