@@ -33,9 +33,7 @@ def booster_gradient(
     ]
     q = _gradient(h, w_prime)
     return [
-        None
-        if all(g is None for g in (gf, gh, gq))
-        else _zero(gf) + lm * (_zero(gh) - _zero(gq))
+        None if all(g is None for g in (gf, gh, gq)) else _zero(gf) + lm * (_zero(gh) - _zero(gq))
         for gf, gh, gq, lm in zip(g_f, g_h, q, lams, strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""The Booster step against the oracle: base optimizer x model x usage x what closures do to .grad."""
+"""The Booster step against the oracle: base optimizer x model x usage x what closures do."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def perturb_(
             scale = scale.float().reshape(1)  # having a dimension, it widens the product
             lengths: list[Tensor] = []
             for p, w_i, towards_i in zip(live, w, towards, strict=True):
-                p.copy_(torch.addcmul(w_i, towards_i, scale))
+                p.copy_(torch.addcmul(w_i, towards_i, scale).view_as(p))
                 lengths.append(torch.linalg.vector_norm(p.float().sub_(w_i)))
         else:
             torch._foreach_copy_(live, towards)
