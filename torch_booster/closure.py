@@ -8,6 +8,7 @@ draw dropout masks, or raise. `HarmfulPasses` runs the harmful closure twice and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -15,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_booster.distributed import local, placed_like
+from torch_booster.distributed import (
+    gradients_stay_local,
+    local,
+    placed_like,
+    several_processes,
+    version,
+)
 from torch_booster.functional import add_
 
-__all__ = ["Closure", "HarmfulPasses", "run", "summed"]
+__all__ = ["Closure", "GradWatch", "HarmfulPasses", "run", "summed"]
 
 Closure = Callable[[], Tensor | float]
 
@@ -37,11 +44,11 @@ def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float
     Raises:
         RuntimeError: No parameter received a gradient, or a gradient is sparse.
     """
-    before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
+    before = [(p.grad, None if p.grad is None else version(p.grad)) for p in params]
     with torch.enable_grad():
         loss = closure()
     touched = False
-    for param, (grad, version) in zip(params, before, strict=True):
+    for param, (grad, changes) in zip(params, before, strict=True):
         if param.grad is None:
             continue
         if param.grad.layout is not torch.strided:
@@ -49,7 +56,7 @@ def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float
                 f"{name} made a gradient of layout {param.grad.layout}, but Booster's arithmetic "
                 "is dense. Build the embedding with sparse=False."
             )
-        touched = touched or param.grad is not grad or param.grad._version != version
+        touched = touched or param.grad is not grad or version(param.grad) != changes
     if not touched:
         raise RuntimeError(
             f"{name} made no gradients: no parameter of the optimizer has a new .grad. Call "
@@ -94,7 +101,7 @@ class GradWatch:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         self._grads = [_grad(p) for p in params]
-        self._start = [g._version for g in self._grads]
+        self._start = [version(g) for g in self._grads]
         self._accumulations = [0] * len(params)
         self.zeroed: set[int] = set()  # indices whose .grad was gone when the first gradient came
 
@@ -116,7 +123,7 @@ class GradWatch:
 
     def _only_accumulated(self, index: int) -> bool:
         grad = self._grads[index]
-        changes = grad._version - self._start[index]
+        changes = version(grad) - self._start[index]
         return self._params[index].grad is grad and changes == self._accumulations[index]
 
     def only_accumulated(self) -> bool:
@@ -128,12 +135,16 @@ class GradWatch:
 
         A closure may write gradients by hand, so a changed `.grad` counts, unless the closure
         also edits what autograd accumulates: then it is `zero_grad` or the like passing over a
-        parameter that the loss does not depend on.
+        parameter that the loss does not depend on. Another tensor in its place counts even then,
+        unless data parallelism may have put it there.
         """
         edits = any(n and not self._only_accumulated(i) for i, n in enumerate(self._accumulations))
+        replaced_by_closure = not (edits and several_processes())
         return [
-            n > 0 or p.grad is not grad or (grad._version != version and not edits)
-            for n, p, grad, version in zip(
+            n > 0
+            or (p.grad is not grad and replaced_by_closure)
+            or (version(grad) != start and not edits)
+            for n, p, grad, start in zip(
                 self._accumulations, self._params, self._grads, self._start, strict=True
             )
         ]
@@ -151,6 +162,8 @@ class HarmfulPasses:
         params: The trainable parameters.
         replay_rng: Give the second pass the random state of the first (equal dropout masks).
         module: Module whose buffers both passes must find, and leave, as they are.
+        no_sync: Context of the second pass.
+        independent_ranks: Gradients of the first pass may differ from rank to rank.
         forget_zeroed: Gradients set aside are dropped where the closure zeroes them.
     """
 
@@ -160,10 +173,14 @@ class HarmfulPasses:
         params: Sequence[Tensor],
         replay_rng: bool,
         module: nn.Module | None,
+        no_sync: Callable[[], AbstractContextManager[Any]],
+        independent_ranks: bool,
         forget_zeroed: bool,
     ) -> None:
         self._closure = closure
         self._params = params
+        self._no_sync = no_sync
+        self._independent = independent_ranks
         self._forget_zeroed = forget_zeroed
         self._rng = _RandomState() if replay_rng else None
         self._buffers = _Buffers(module)
@@ -192,6 +209,13 @@ class HarmfulPasses:
         with GradWatch(self._params) as watch:
             loss = self._run()
         self._accumulates = watch.only_accumulated()
+        if self._accumulates and not self._independent and gradients_stay_local(self._params):
+            raise RuntimeError(
+                "The first harmful pass left each rank with gradients of its own, so that each "
+                "would perturb in a direction of its own. Run it where gradients are averaged: "
+                "through the DistributedDataParallel module and outside no_sync(). Where ranks "
+                "train models of their own, pass independent_ranks=True."
+            )
         if self._forget_zeroed:
             for index in watch.zeroed:
                 self._kept[index] = None
@@ -217,8 +241,10 @@ class HarmfulPasses:
         if self._rng is not None:
             self._rng.restore()
         self._buffers.restore()
-        if self._accumulates:
-            return self._second_onto_first()
+        with self._no_sync():
+            return self._second_onto_first() if self._accumulates else self._second_beside_first()
+
+    def _second_beside_first(self) -> tuple[Tensor, list[Tensor | None]]:
         loss = self._run()
         grads = [
             p.grad.clone() if negative is None and p.grad is not None else p.grad

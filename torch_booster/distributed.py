@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_booster.functional import root_sum_square
 
-__all__ = ["global_norm", "local", "placed_like"]
+__all__ = [
+    "global_norm",
+    "gradients_stay_local",
+    "local",
+    "placed_like",
+    "several_processes",
+    "version",
+]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -48,30 +55,67 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     return grad
 
 
-def global_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+def version(grad: Tensor) -> int:
+    """Counts in-place changes of a gradient, those of a DTensor's local tensor included.
+
+    Args:
+        grad: Gradient of any kind.
+
+    Returns:
+        A number that grows by at least one with each change.
+    """
+    return grad._version + (grad.to_local()._version if _is_dtensor(grad) else 0)  # type: ignore[attr-defined]
+
+
+def gradients_stay_local(params: Sequence[Tensor]) -> bool:
+    """Whether gradients that nothing but autograd has written are one rank's alone.
+
+    True in a run of several processes on plain parameters: data parallelism writes the averaged
+    gradient back, which is more than an accumulation. DTensors are reduced within backward.
+
+    Args:
+        params: The trainable parameters.
+    """
+    return several_processes() and not any(_is_dtensor(p) for p in params)
+
+
+def several_processes() -> bool:
+    """Whether this is one rank of several in torch.distributed."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
+
+
+def global_norm(
+    norms: Sequence[Tensor], params: Sequence[Tensor], module: nn.Module | None = None
+) -> Tensor:
     """One L2 norm over all tensors on all ranks, from the norm of each local tensor.
 
-    Norms of shards are summed, √(Σ‖shard‖²), over the mesh dimensions that shard the parameter,
-    once for each combination of mesh and placements, so that plain, replicated and sharded
-    parameters mix.
+    Norms of shards are summed, √(Σ‖shard‖²), over the process groups that shard the parameter,
+    once for each kind of sharding, so that plain, replicated and sharded parameters mix.
 
     Args:
         norms: 0-dimensional tensors, the norm of each local tensor. May be empty.
-        params: The parameters they belong to, plain tensors or DTensors.
+        params: The parameters they belong to: plain tensors, DTensors or FSDP1's flat shards.
+        module: The FullyShardedDataParallel module, which FSDP1's shards need.
 
     Returns:
         A 0-dimensional tensor, equal on every rank.
+
+    Raises:
+        RuntimeError: `params` holds shards of FSDP1 that are not found in `module`.
 
     Example:
         >>> global_norm([torch.tensor(3.0), torch.tensor(4.0)], [torch.ones(1), torch.ones(2)])
         tensor(5.)
     """
+    flat_shards = _flat_shard_groups(params, module)
     shares: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for norm, param in zip(norms, params, strict=True):
-        shares[_shard_groups(param)].append(norm)
-    return root_sum_square(
-        [_over_ranks(root_sum_square(s), groups) for groups, s in shares.items()]
-    )
+        shares[flat_shards.get(param, _mesh_groups(param))].append(norm)
+    totals = [_over_ranks(root_sum_square(share), groups) for groups, share in shares.items()]
+    return root_sum_square(totals)
 
 
 def _over_ranks(norm: Tensor, groups: Sequence[Any]) -> Tensor:
@@ -82,12 +126,36 @@ def _over_ranks(norm: Tensor, groups: Sequence[Any]) -> Tensor:
     return norm
 
 
-def _shard_groups(param: Tensor) -> tuple[Any, ...]:
-    """Process groups over which the squares of this parameter's shards have to be summed."""
+def _mesh_groups(param: Tensor) -> tuple[Any, ...]:
+    """Process groups over which the squares of a DTensor's shards have to be summed."""
     if not _is_dtensor(param):
         return ()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard())
+
+
+def _flat_shard_groups(
+    params: Sequence[Tensor], module: nn.Module | None
+) -> dict[Tensor, tuple[Any, ...]]:
+    """The same for FSDP1, whose parameters are plain tensors that only their module can place."""
+    flat = [p for p in params if getattr(p, "_fsdp_flattened", False)]
+    if not flat:
+        return {}
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    groups: dict[Tensor, tuple[Any, ...]] = {}
+    for unit in FullyShardedDataParallel.fsdp_modules(module) if module is not None else ():
+        handle: Any = unit._handle
+        if handle is not None:
+            shards = (handle.process_group,) if handle.uses_sharded_strategy else ()
+            for param in (handle.flat_param, *(handle.flat_param._params or ())):
+                groups[param] = shards
+    if any(p not in groups for p in flat):
+        raise RuntimeError(
+            "The parameters are shards of FullyShardedDataParallel (FSDP1), whose norm needs "
+            "their process group. Pass the wrapped model: BoosterOptimizer(..., module=model)."
+        )
+    return groups
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -14,7 +14,8 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_booster.closure import Closure, HarmfulPasses, run, summed
+from torch_booster.closure import Closure, GradWatch, HarmfulPasses, run, summed
 from torch_booster.distributed import global_norm, local, placed_like
 from torch_booster.functional import moved_fraction, norms, perturb_, restore_, scale_
 
@@ -87,7 +88,13 @@ class BoosterOptimizer(Optimizer):
         replay_rng: Give the second harmful pass the random state of the first, so that dropout
             masks are equal and ∇h(w) − ∇h(w′) measures the perturbation rather than the masks.
         module: Module whose buffers (BatchNorm statistics and the like) the harmful passes must
-            leave as they are. Without it they move twice a step.
+            leave as they are; without it they move twice a step. FSDP1 needs it for the norm.
+        no_sync: Context that keeps gradients local, such as `ddp_model.no_sync`, for the second
+            harmful pass. The regulariser is then averaged together with the alignment gradient:
+            two all-reduces a step rather than three. Not the default, because it is sound only
+            if a synchronised alignment backward follows that accumulates onto `.grad`.
+        independent_ranks: The ranks of the process group train models of their own. Otherwise
+            a first harmful pass whose gradients nobody averaged is an error.
 
     Raises:
         TypeError: `base_optimizer` is not an optimizer instance or cannot be wrapped.
@@ -117,6 +124,8 @@ class BoosterOptimizer(Optimizer):
     eps: float
     replay_rng: bool
     module: nn.Module | None
+    no_sync: Callable[[], AbstractContextManager[Any]] | None
+    independent_ranks: bool
     diagnostics: Diagnostics | None
 
     def __init__(
@@ -128,6 +137,8 @@ class BoosterOptimizer(Optimizer):
         eps: float = 1e-7,
         replay_rng: bool = True,
         module: nn.Module | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+        independent_ranks: bool = False,
     ) -> None:
         _check_base(base_optimizer)
         self._defaults = {LAM: _checked("lam", lam), ALPHA: _checked("alpha", alpha)}
@@ -140,6 +151,8 @@ class BoosterOptimizer(Optimizer):
                 "eps": _checked("eps", eps),
                 "replay_rng": replay_rng,
                 "module": module,
+                "no_sync": no_sync,
+                "independent_ranks": independent_ranks,
                 "diagnostics": None,
                 "_regularized": False,
                 "_rounding_checked": False,
@@ -186,8 +199,12 @@ class BoosterOptimizer(Optimizer):
         else:
             params = self._trainable()
             regularizer = self._regularizer(params, harmful_closure, forget_zeroed=True)
-            loss = run(alignment_closure, "alignment_closure", list(params))
-            _add_to_grad(params, regularizer)
+            if self.no_sync is None:
+                loss = run(alignment_closure, "alignment_closure", list(params))
+                _add_to_grad(params, regularizer)
+            else:
+                _add_to_grad(params, regularizer)
+                loss = _run_on_top(alignment_closure, list(params))
         self.base_optimizer.step()
         return loss
 
@@ -230,14 +247,20 @@ class BoosterOptimizer(Optimizer):
         """λ·(∇h(w) − ∇h(w′)) of each parameter; weights and `.grad` are left as they were."""
         params = list(groups)
         with HarmfulPasses(
-            harmful_closure, params, self.replay_rng, self.module, forget_zeroed
+            harmful_closure,
+            params,
+            self.replay_rng,
+            self.module,
+            self.no_sync or nullcontext,
+            self.independent_ranks,
+            forget_zeroed,
         ) as harmful:
             h, minus_g = harmful.first()  # h(w), −∇h(w)
 
             reached = [p for p, g in zip(params, minus_g, strict=True) if g is not None]
             direction = [local(g) for g in minus_g if g is not None]
             alphas = [groups[p][ALPHA] for p in reached]
-            n = global_norm(norms(direction), reached)  # ‖∇h(w)‖
+            n = global_norm(norms(direction), reached, self.module)  # ‖∇h(w)‖
 
             live = [local(p) for p in reached]
             w = [p.clone() for p in live]
@@ -248,7 +271,8 @@ class BoosterOptimizer(Optimizer):
             finally:
                 restore_(live, w)
 
-        self.diagnostics = Diagnostics(h, h_prime, h - h_prime, n, global_norm(moved, reached))
+        moved_norm = global_norm(moved, reached, self.module)
+        self.diagnostics = Diagnostics(h, h_prime, h - h_prime, n, moved_norm)
         regularizer = [
             d if groups[p][LAM] else None for p, d in zip(params, minus_difference, strict=True)
         ]
@@ -405,9 +429,10 @@ class BoosterOptimizer(Optimizer):
         getattr(self.base_optimizer, "eval", lambda: None)()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base_optimizer", "eps", "replay_rng", "module", "diagnostics")
-        private = ("_defaults", "_regularized", "_rounding_checked")
-        return {name: self.__dict__[name] for name in (*own, *private)}
+        # As in torch, hooks and what a scheduler patched onto the instance stay behind.
+        public = ("base_optimizer", "eps", "replay_rng", "module", "no_sync", "independent_ranks")
+        private = ("diagnostics", "_defaults", "_regularized", "_rounding_checked")
+        return {name: self.__dict__[name] for name in (*public, *private)}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -428,6 +453,19 @@ class BoosterOptimizer(Optimizer):
                 "The regulariser is already in .grad and would be counted twice. Call regularize "
                 "once for each optimizer step, or drop the gradients with opt.zero_grad() first."
             )
+
+
+def _run_on_top(alignment_closure: Closure, params: list[Tensor]) -> Any:
+    """Runs the alignment closure on a regulariser that waits in `.grad` to be averaged with it."""
+    with GradWatch([p for p in params if p.grad is not None]) as watch:
+        loss = run(alignment_closure, "alignment_closure", params)
+    if watch.zeroed:
+        raise RuntimeError(
+            "alignment_closure zeroed the regulariser. With no_sync it waits in .grad, so that one "
+            "all-reduce averages it together with the alignment gradient: let the closure "
+            "accumulate, and call opt.zero_grad() before opt.step(...)."
+        )
+    return loss
 
 
 def _add_to_grad(params: dict[Tensor, Any], regularizer: Sequence[Tensor | None]) -> None:
