@@ -353,6 +353,26 @@ def test_bad_base(base: Any, match: str) -> None:
         BoosterOptimizer(base)
 
 
+def test_deepspeed_is_refused_before_a_closure_runs() -> None:
+    def must_not_run() -> Tensor:
+        raise AssertionError("a closure ran")
+
+    run = Run("AdamW")
+    next(run.model.parameters()).ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks its own
+    for call in (
+        lambda: run.opt.regularize(must_not_run),
+        lambda: run.opt.step(must_not_run, must_not_run),
+    ):
+        with pytest.raises(RuntimeError, match="DeepSpeed.*Use DDP or FSDP2"):
+            call()
+
+    class EngineOptimizer(torch.optim.SGD):
+        __module__ = "deepspeed.runtime"
+
+    with pytest.raises(TypeError, match="EngineOptimizer.*DeepSpeed"):
+        BoosterOptimizer(EngineOptimizer(two_layers().parameters(), lr=0.1))
+
+
 def test_wrapping_twice() -> None:
     with pytest.raises(TypeError, match="already"):
         BoosterOptimizer(Run("AdamW").opt)

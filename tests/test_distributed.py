@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.multi_process import run_cases
@@ -120,11 +141,14 @@ def train(
     uneven: bool = False,
     clip: float | None = None,
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    first: int = 0,
     steps: int = STEPS,
 ) -> None:
     """The user's loop: this rank's share of the global batch, maybe in micro-batches."""
-    scheduler = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.5, STEPS)
-    for step in range(steps):
+    for group in opt.param_groups:
+        group["initial_lr"] = 1e-2
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.5, STEPS, last_epoch=first - 1)
+    for step in range(first, steps):
         batch = {name: share(x, rank, world) for name, x in batches(step).items()}
 
         def passes(
@@ -242,6 +266,202 @@ def ddp_no_sync_needs_accumulating_alignment(rank: int) -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+# Fully sharded and tensor parallel
+
+
+def fsdp2_case(
+    rank: int,
+    *,
+    branches: bool = False,
+    reshard: bool = True,
+    clip: float | None = None,
+    hold_back: bool = False,
+    **loop: Any,
+) -> None:
+    model = Net(branches)
+    for layer in (model.inner, model.outer):
+        fully_shard(layer, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1)
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    held = no_sync if hold_back else nullcontext
+    pointers = [p.to_local().data_ptr() for p in model.parameters()]  # type: ignore[attr-defined]
+    train(model, opt, rank=rank, world=2, clip=clip, no_sync=held, **loop)
+    assert [p.to_local().data_ptr() for p in model.parameters()] == pointers  # type: ignore[attr-defined]
+    assert_same(model, reference(branches, clip))
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=1e-6)
+
+
+def fsdp2_refuses_a_local_first_pass(rank: int) -> None:
+    model = fully_shard(Net(False))
+    opt = BoosterOptimizer(base_optimizer(model.parameters()))
+    model.set_requires_gradient_sync(False)
+
+    def harmful() -> Tensor:
+        loss = model(torch.ones((2, 4), dtype=torch.float64), True).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"no gradients.*set_requires_gradient_sync"):
+        opt.regularize(harmful)
+
+
+def fsdp2_mixed_precision(rank: int) -> None:
+    """bfloat16 compute on float32 shards, against the same policy in one process by hand."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    results = []
+    for sharded in (True, False):
+        model = Net(False).float()
+        run: nn.Module = model
+        if sharded:
+            fully_shard(model, mp_policy=policy)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        opt = BoosterOptimizer(base, 5.0, 0.1, independent_ranks=not sharded)
+        batch = {name: x.float() for name, x in batches(0).items()}
+
+        def harmful(run: nn.Module = run, batch: dict[str, Tensor] = batch) -> Tensor:
+            x, y = share(batch["h_x"], rank, 2), share(batch["h_y"], rank, 2)
+            if run is model and sharded:  # noqa: B023
+                loss = nn.functional.mse_loss(run(x, True).float(), y)
+            else:
+                x, y = batch["h_x"], batch["h_y"]
+                narrow = {n: p.bfloat16() for n, p in run.named_parameters()}
+                out = torch.func.functional_call(run, narrow, (x.bfloat16(), True))
+                loss = nn.functional.mse_loss(out.float(), y)
+            loss.backward()
+            return loss
+
+        opt.regularize(harmful)
+        assert opt.diagnostics is not None
+        results.append(opt.diagnostics.harmful_grad_norm.item())
+        assert all(full(p.grad).isfinite().all() for p in model.parameters())  # type: ignore[arg-type]
+    assert results[0] == pytest.approx(results[1], rel=0.02)
+
+
+def fsdp1_case(rank: int, *, original: bool, strategy: str, branches: bool = False) -> None:
+    model = FullyShardedDataParallel(
+        Net(branches),
+        use_orig_params=original,
+        sharding_strategy=ShardingStrategy[strategy],
+        device_id=torch.device("cpu"),
+    )
+    bare = BoosterOptimizer(base_optimizer(model.parameters()))
+
+    def harmful() -> Tensor:
+        loss = model(torch.ones((2, 4), dtype=torch.float64), True).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="module=model"):
+        bare.regularize(harmful)
+    bare.zero_grad()
+    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1, module=model)
+    train(model, opt, rank=rank, world=2)
+    expected = reference(branches, None)
+    with FullyShardedDataParallel.summon_full_params(model):
+        found = {name.split("_fsdp_wrapped_module.")[-1]: p for name, p in model.named_parameters()}
+        if not original:
+            found = dict(model.module.named_parameters())
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (found[name] - value).abs().max() <= ATOL, name
+
+
+def tensor_parallel_case(rank: int, *, clip: float | None = None, **loop: Any) -> None:
+    """Two sharded layers, a plain one, and a replicated norm: every rank sees the whole batch."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = Net(False)
+    plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    opt = BoosterOptimizer(base, 5.0, 0.1)
+    train(model, opt, **loop)
+    assert_same(model, reference(False, clip))
+
+
+def two_dimensions_case(rank: int, *, usage: str) -> None:
+    """FSDP2 over two pairs of tensor-parallel ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = Net(False)
+    plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
+    parallelize_module(model, mesh["tp"], plan)
+    fully_shard(model, mesh=mesh["dp"])
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    opt = BoosterOptimizer(base, 5.0, 0.1)
+    train(model, opt, rank=mesh["dp"].get_local_rank(), world=2, usage=usage)
+    assert_same(model, reference(False, None))
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=1e-6)
+
+
+# Checkpoints
+
+
+def state_of(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
+    weights, state = get_state_dict(model, opt)
+    return {"model": weights, "opt": state}
+
+
+def load_into(model: nn.Module, opt: torch.optim.Optimizer, folder: str, no_dist: bool) -> None:
+    found = state_of(model, opt)
+    dcp.load(found, checkpoint_id=folder, no_dist=no_dist)
+    set_state_dict(model, opt, model_state_dict=found["model"], optim_state_dict=found["opt"])
+
+
+def checkpoint_case(rank: int, *, saved_by: int) -> None:
+    """Saved by 2 processes and gone on with by 1, and the other way round: the unbroken run."""
+    shared = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(shared)
+    folder = shared[0]
+    assert folder is not None
+    alone, together = Net(False), fully_shard(Net(False))
+    opt_alone = BoosterOptimizer(base_optimizer(alone.parameters()), 5.0, 0.1)
+    opt_alone.independent_ranks = True
+    opt_together = BoosterOptimizer(base_optimizer(together.parameters()), 5.0, 0.1)
+
+    if saved_by == 2:
+        train(together, opt_together, rank=rank, world=2, steps=STEPS // 2)
+        dcp.save(state_of(together, opt_together), checkpoint_id=folder)
+        opt_alone.lam, opt_alone.alpha = 1.0, 0.3
+        load_into(alone, opt_alone, folder, no_dist=True)
+        assert (opt_alone.lam, opt_alone.alpha) == (5.0, 0.1)
+        train(alone, opt_alone, first=STEPS // 2)
+        assert_same(alone, reference(False, None))
+    else:
+        train(alone, opt_alone, steps=STEPS // 2)
+        if rank == 0:
+            dcp.save(state_of(alone, opt_alone), checkpoint_id=folder, no_dist=True)
+        dist.barrier()
+        load_into(together, opt_together, folder, no_dist=False)
+        train(together, opt_together, rank=rank, world=2, first=STEPS // 2)
+        assert_same(together, reference(False, None))
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder)
+
+
+def checkpoint_of_the_bare_optimizer(rank: int) -> None:
+    """It holds no λ and α: those in force stay."""
+    model = fully_shard(Net(False))
+    bare = base_optimizer(model.parameters())
+    model(torch.ones((2, 4), dtype=torch.float64), True).square().mean().backward()
+    bare.step()
+    saved = get_optimizer_state_dict(model, bare)
+    assert "booster_lam" not in saved["param_groups"][0]
+    opt = BoosterOptimizer(base_optimizer(model.parameters()), 2.0, 0.4)
+    set_optimizer_state_dict(model, opt, saved)
+    assert (opt.lam, opt.alpha) == (2.0, 0.4)
+    for p in model.parameters():
+        assert torch.equal(full(opt.state[p]["exp_avg"]), full(bare.state[p]["exp_avg"]))
+
+
 TWO: dict[str, Callable[[int], None]] = {}
 for usage in ("staged", "one_call"):
     for view in (False, True):
@@ -267,10 +487,56 @@ for usage in ("staged", "one_call"):
         }
         if usage == "staged":
             TWO[f"ddp_{tag}_clip"] = partial(case, clip=0.5, alignment_parts=2)
+for usage in ("staged", "one_call"):
+    fsdp2 = partial(fsdp2_case, usage=usage)
+    TWO |= {
+        f"fsdp2_{usage}": fsdp2,
+        f"fsdp2_{usage}_no_reshard": partial(fsdp2, reshard=False),
+        f"fsdp2_{usage}_branches": partial(fsdp2, branches=True),
+        f"fsdp2_{usage}_closures_zero": partial(fsdp2, zeroing=True),
+        f"fsdp2_{usage}_micro_batches": partial(fsdp2, alignment_parts=2, harmful_parts=2),
+        f"fsdp2_{usage}_held_back": partial(
+            fsdp2, alignment_parts=2, harmful_parts=2, hold_back=True
+        ),
+        f"tensor_parallel_{usage}": partial(tensor_parallel_case, usage=usage),
+        f"tensor_parallel_{usage}_closures_zero": partial(
+            tensor_parallel_case, usage=usage, zeroing=True
+        ),
+    }
 TWO |= {
+    "fsdp2_clip": partial(fsdp2_case, clip=0.5, alignment_parts=2),
+    "fsdp2_refuses_a_local_first_pass": fsdp2_refuses_a_local_first_pass,
+    "fsdp2_mixed_precision": fsdp2_mixed_precision,
+    "checkpoint_2_to_1": partial(checkpoint_case, saved_by=2),
+    "checkpoint_1_to_2": partial(checkpoint_case, saved_by=1),
+    "checkpoint_of_the_bare_optimizer": checkpoint_of_the_bare_optimizer,
+    **{
+        f"fsdp1_{strategy.lower()}{'_original' if original else ''}": partial(
+            fsdp1_case, original=original, strategy=strategy
+        )
+        for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
+        for original in (False, True)
+    },
     "ddp_refuses_a_local_first_pass": ddp_refuses_a_local_first_pass,
     "ddp_no_sync_needs_accumulating_alignment": ddp_no_sync_needs_accumulating_alignment,
 }
+
+
+FOUR: dict[str, Callable[[int], None]] = {
+    f"fsdp2_times_tensor_parallel_{usage}": partial(two_dimensions_case, usage=usage)
+    for usage in ("staged", "one_call")
+}
+
+
+@pytest.fixture(scope="module")
+def four() -> dict[str, str | None]:
+    return run_cases(FOUR, 4)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(name: str, four: dict[str, str | None]) -> None:
+    if four[name] is not None:
+        pytest.fail(four[name], pytrace=False)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

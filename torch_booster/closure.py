@@ -60,7 +60,8 @@ def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float
     if not touched:
         raise RuntimeError(
             f"{name} made no gradients: no parameter of the optimizer has a new .grad. Call "
-            "loss.backward() in the closure, on a loss that depends on these parameters."
+            "loss.backward() in the closure, on a loss that depends on these parameters, and let "
+            "FSDP2 reduce: not under set_requires_gradient_sync(False)."
         )
     return loss
 

@@ -131,7 +131,9 @@ def _mesh_groups(param: Tensor) -> tuple[Any, ...]:
     if not _is_dtensor(param):
         return ()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard())
+    # Shard and _StridedShard (of FSDP2 over tensor parallelism) have no common test of their own.
+    sharded = (dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return tuple(mesh.get_group(dim) for dim in sharded)
 
 
 def _flat_shard_groups(

@@ -33,6 +33,11 @@ __all__ = ["BoosterOptimizer", "Diagnostics"]
 LAM = "booster_lam"
 ALPHA = "booster_alpha"
 
+NO_DEEPSPEED = (
+    "BoosterOptimizer does not support DeepSpeed: its engine owns gradients, parameters and the "
+    "step, so that the harmful passes cannot be kept out of the update. Use DDP or FSDP2."
+)
+
 
 class Diagnostics(NamedTuple):
     """What one regulariser saw: 0-dimensional, detached tensors on the device.
@@ -346,6 +351,8 @@ class BoosterOptimizer(Optimizer):
         for group in self.param_groups:
             for key in self._defaults:
                 _checked(key, group[key])
+            if any(hasattr(p, "ds_id") for p in group["params"]):
+                raise RuntimeError(NO_DEEPSPEED)
         return {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
 
     def _is_on(self) -> bool:
@@ -487,6 +494,8 @@ def _check_base(base_optimizer: Any) -> None:
     while wrapped is not None:
         if isinstance(wrapped, BoosterOptimizer):
             raise TypeError("base_optimizer is a BoosterOptimizer already; wrap it once.")
+        if "deepspeed" in type(wrapped).__module__:
+            raise TypeError(f"base_optimizer is a {type(wrapped).__name__}. {NO_DEEPSPEED}")
         wrapped = getattr(wrapped, "optimizer", None)
     name = type(base_optimizer).__name__
     if isinstance(base_optimizer, torch.optim.SparseAdam):
