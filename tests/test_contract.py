@@ -363,13 +363,13 @@ def test_deepspeed_is_refused_before_a_closure_runs() -> None:
         lambda: run.opt.regularize(must_not_run),
         lambda: run.opt.step(must_not_run, must_not_run),
     ):
-        with pytest.raises(RuntimeError, match="DeepSpeed.*Use DDP or FSDP2"):
+        with pytest.raises(RuntimeError, match=r"DeepSpeed.*Use DDP or FSDP2"):
             call()
 
     class EngineOptimizer(torch.optim.SGD):
         __module__ = "deepspeed.runtime"
 
-    with pytest.raises(TypeError, match="EngineOptimizer.*DeepSpeed"):
+    with pytest.raises(TypeError, match=r"EngineOptimizer.*DeepSpeed"):
         BoosterOptimizer(EngineOptimizer(two_layers().parameters(), lr=0.1))
 
 

@@ -229,17 +229,22 @@ def ddp_case(
         assert sum(sent) == reductions * elements * STEPS
 
 
-def ddp_refuses_a_local_first_pass(rank: int) -> None:
-    model = DistributedDataParallel(Net(False))
+def ddp_refuses_a_local_first_pass(rank: int, *, bucket_view: bool, zeroing: bool) -> None:
+    model = DistributedDataParallel(Net(False), gradient_as_bucket_view=bucket_view)
     opt = BoosterOptimizer(base_optimizer(model.parameters()))
     x = torch.full((2, 4), float(rank), dtype=torch.float64)
 
     def harmful() -> Tensor:
-        loss = model(x, True).square().mean()
-        loss.backward()
+        if zeroing:
+            model.zero_grad()
+        for _ in range(2):
+            loss = model(x, True).square().mean()
+            loss.backward()
         return loss
 
     before = [p.detach().clone() for p in model.parameters()]
+    opt.regularize(harmful)  # synchronised, twice in one closure: nothing to refuse
+    opt.zero_grad()
     with model.no_sync(), pytest.raises(RuntimeError, match="no_sync"):
         opt.regularize(harmful)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
@@ -517,7 +522,13 @@ TWO |= {
         for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
         for original in (False, True)
     },
-    "ddp_refuses_a_local_first_pass": ddp_refuses_a_local_first_pass,
+    **{
+        f"ddp_refuses_a_local_first_pass_{view}_{zeroing}": partial(
+            ddp_refuses_a_local_first_pass, bucket_view=view, zeroing=zeroing
+        )
+        for view in (False, True)
+        for zeroing in (False, True)
+    },
     "ddp_no_sync_needs_accumulating_alignment": ddp_no_sync_needs_accumulating_alignment,
 }
 

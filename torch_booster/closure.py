@@ -44,7 +44,7 @@ def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float
     Raises:
         RuntimeError: No parameter received a gradient, or a gradient is sparse.
     """
-    before = [(p.grad, None if p.grad is None else version(p.grad)) for p in params]
+    before = [_state(p) for p in params]
     with torch.enable_grad():
         loss = closure()
     touched = False
@@ -89,11 +89,11 @@ def summed(
 
 
 class GradWatch:
-    """Watches a closure: does it do anything to `.grad` other than accumulate into it?
+    """Watches a closure: does anything but autograd's accumulation change `.grad`?
 
     Autograd bumps a gradient's version once for each accumulation and keeps the tensor. Any other
-    writer (`zero_grad` of either kind, clipping, a communication hook) shows up as another
-    tensor or as an extra version.
+    writer (`zero_grad` of either kind, clipping, data parallelism) shows up as another tensor or
+    as an extra version.
 
     Args:
         params: Leaf tensors that require gradients, each with a dense `.grad`.
@@ -101,14 +101,14 @@ class GradWatch:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
-        self._grads = [_grad(p) for p in params]
-        self._start = [version(g) for g in self._grads]
-        self._accumulations = [0] * len(params)
+        self._last = [_state(p) for p in params]  # after the last accumulation
+        self._accumulated: set[int] = set()
+        self._disturbed: set[int] = set()
         self.zeroed: set[int] = set()  # indices whose .grad was gone when the first gradient came
 
     def __enter__(self) -> GradWatch:
         self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._accumulated, i))
+            p.register_post_accumulate_grad_hook(partial(self._after_accumulation, i))
             for i, p in enumerate(self._params)
         ]
         return self
@@ -117,19 +117,28 @@ class GradWatch:
         for hook in self._hooks:
             hook.remove()
 
-    def _accumulated(self, index: int, _: Tensor) -> None:
-        self._accumulations[index] += 1
-        if self._accumulations[index] == 1 and not self._only_accumulated(index):
-            self.zeroed.add(index)
+    def _after_accumulation(self, index: int, param: Tensor) -> None:
+        (grad, changes), (last_grad, last_changes) = _state(param), self._last[index]
+        if grad is not last_grad or changes != last_changes + 1:
+            (self._disturbed if index in self._accumulated else self.zeroed).add(index)
+        self._accumulated.add(index)
+        self._last[index] = grad, changes
 
-    def _only_accumulated(self, index: int) -> bool:
-        grad = self._grads[index]
-        changes = version(grad) - self._start[index]
-        return self._params[index].grad is grad and changes == self._accumulations[index]
+    def _changed(self, index: int) -> bool:
+        (grad, changes), (last_grad, last_changes) = _state(self._params[index]), self._last[index]
+        return grad is not last_grad or changes != last_changes
+
+    def _edited(self) -> bool:
+        return bool(self._disturbed) or any(map(self._changed, self._accumulated))
 
     def only_accumulated(self) -> bool:
         """Whether every `.grad` is the tensor it was, changed by accumulation alone."""
-        return all(map(self._only_accumulated, range(len(self._params))))
+        untouched = not any(map(self._changed, range(len(self._params))))
+        return untouched and not self._disturbed and not self.zeroed
+
+    def left_as_accumulated(self) -> bool:
+        """Whether gradients are as autograd made them: nobody has averaged them, for one."""
+        return bool(self._accumulated) and not self._edited()
 
     def reached(self) -> list[bool]:
         """Which parameters the closure gave a gradient.
@@ -139,15 +148,12 @@ class GradWatch:
         parameter that the loss does not depend on. Another tensor in its place counts even then,
         unless data parallelism may have put it there.
         """
-        edits = any(n and not self._only_accumulated(i) for i, n in enumerate(self._accumulations))
-        replaced_by_closure = not (edits and several_processes())
+        edits = bool(self.zeroed) or self._edited()
         return [
-            n > 0
-            or (p.grad is not grad and replaced_by_closure)
-            or (version(grad) != start and not edits)
-            for n, p, grad, start in zip(
-                self._accumulations, self._params, self._grads, self._start, strict=True
-            )
+            index in self._accumulated
+            or (not edits and self._changed(index))
+            or (not several_processes() and p.grad is not self._last[index][0])
+            for index, p in enumerate(self._params)
         ]
 
 
@@ -210,7 +216,11 @@ class HarmfulPasses:
         with GradWatch(self._params) as watch:
             loss = self._run()
         self._accumulates = watch.only_accumulated()
-        if self._accumulates and not self._independent and gradients_stay_local(self._params):
+        if (
+            watch.left_as_accumulated()
+            and gradients_stay_local(self._params)
+            and not self._independent
+        ):
             raise RuntimeError(
                 "The first harmful pass left each rank with gradients of its own, so that each "
                 "would perturb in a direction of its own. Run it where gradients are averaged: "
@@ -330,9 +340,8 @@ class _Buffers:
             owner[name] = buffer
 
 
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
+def _state(param: Tensor) -> tuple[Tensor | None, int]:
+    return param.grad, -1 if param.grad is None else version(param.grad)
 
 
 def _loss_from_number(loss: Any) -> Tensor:
