@@ -402,7 +402,8 @@ def test_overflow_skips_the_step(overflow_in: int) -> None:
     assert_unmoved(problem.params, before)
     assert scaler.get_scale() == 2.0**9
     assert not opt.state
-    opt.zero_grad()
+    problem.model.zero_grad()  # which opt does not see, as it did not see the skipped step
+    problem.f_closure()
     opt.regularize(problem.h_closure)
 
 

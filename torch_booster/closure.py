@@ -23,6 +23,7 @@ from torch_booster.distributed import (
     several_processes,
     version,
 )
+from torch_booster.engine import undivided
 from torch_booster.functional import add_
 
 __all__ = ["Closure", "GradWatch", "HarmfulPasses", "run", "summed"]
@@ -284,7 +285,8 @@ class HarmfulPasses:
     def _run(self) -> Tensor:
         # The cache would serve casts of the weights as they were before the last change.
         torch.clear_autocast_cache()
-        loss = run(self._closure, "harmful_closure", self._params)
+        with undivided():
+            loss = run(self._closure, "harmful_closure", self._params)
         if not isinstance(loss, Tensor):
             return _loss_from_number(loss)
         if loss.numel() != 1:

@@ -14,6 +14,7 @@ import inspect
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
@@ -25,6 +26,12 @@ from torch.optim import Optimizer
 
 from torch_booster.closure import Closure, GradWatch, HarmfulPasses, run, summed
 from torch_booster.distributed import global_norm, local, placed_like
+from torch_booster.engine import (
+    NO_DEEPSPEED,
+    is_boundary,
+    refuse_unservable,
+    take_both_closures,
+)
 from torch_booster.functional import moved_fraction, norms, perturb_, restore_, scale_
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
@@ -32,11 +39,6 @@ __all__ = ["BoosterOptimizer", "Diagnostics"]
 # Keys in the param groups. The base's own names stay free: RMSprop and ASGD own `alpha`.
 LAM = "booster_lam"
 ALPHA = "booster_alpha"
-
-NO_DEEPSPEED = (
-    "BoosterOptimizer does not support DeepSpeed: its engine owns gradients, parameters and the "
-    "step, so that the harmful passes cannot be kept out of the update. Use DDP or FSDP2."
-)
 
 
 class Diagnostics(NamedTuple):
@@ -159,7 +161,7 @@ class BoosterOptimizer(Optimizer):
                 "no_sync": no_sync,
                 "independent_ranks": independent_ranks,
                 "diagnostics": None,
-                "_regularized": False,
+                "_regularized": [],
                 "_rounding_checked": False,
             }
         )
@@ -192,25 +194,30 @@ class BoosterOptimizer(Optimizer):
         """
         alignment_closure = alignment_closure if closure is None else closure
         if alignment_closure is None and harmful_closure is None:
-            self._regularized = False
+            self._regularized = []
             return self.base_optimizer.step()
+        self._between_steps()
+        loss = self._combine(alignment_closure, harmful_closure)
+        self.base_optimizer.step()
+        return loss
+
+    def _combine(self, alignment_closure: Any, harmful_closure: Any) -> Any:
+        """Runs both closures and leaves g in `.grad`; off Accelerate's boundary only f's part."""
         alignment_closure = _checked_closure("alignment_closure", alignment_closure)
         harmful_closure = _checked_closure("harmful_closure", harmful_closure)
         self._refuse_second_regularizer()
-
-        if not self._is_on():
+        on = self._is_on()
+        params = self._trainable() if on else {}
+        if not on or not is_boundary():
             with torch.enable_grad():
-                loss = alignment_closure()
+                return alignment_closure()
+        regularizer = self._regularizer(params, harmful_closure, forget_zeroed=True)
+        if self.no_sync is None:
+            loss = run(alignment_closure, "alignment_closure", list(params))
+            _add_to_grad(params, regularizer)
         else:
-            params = self._trainable()
-            regularizer = self._regularizer(params, harmful_closure, forget_zeroed=True)
-            if self.no_sync is None:
-                loss = run(alignment_closure, "alignment_closure", list(params))
-                _add_to_grad(params, regularizer)
-            else:
-                _add_to_grad(params, regularizer)
-                loss = _run_on_top(alignment_closure, list(params))
-        self.base_optimizer.step()
+            _add_to_grad(params, regularizer)
+            loss = _run_on_top(alignment_closure, list(params))
         return loss
 
     def regularize(self, harmful_closure: Closure) -> Tensor | None:
@@ -236,8 +243,10 @@ class BoosterOptimizer(Optimizer):
         if not self._is_on():
             return None
         params = self._trainable()
+        if self._between_steps():
+            return None
         _add_to_grad(params, self._regularizer(params, harmful_closure))
-        self._regularized = True
+        self._regularized = [weakref.ref(p.grad) for p in params if p.grad is not None]
         assert self.diagnostics is not None
         return self.diagnostics.harmful_loss
 
@@ -347,6 +356,7 @@ class BoosterOptimizer(Optimizer):
 
     def _trainable(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that requires a gradient, without repetition."""
+        refuse_unservable()
         self._complete_groups()
         for group in self.param_groups:
             for key in self._defaults:
@@ -390,7 +400,7 @@ class BoosterOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and with them a regulariser that was added."""
-        self._regularized = False
+        self._regularized = []
         self.base_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -423,7 +433,7 @@ class BoosterOptimizer(Optimizer):
         for group, hyperparameters in zip(self.param_groups, in_force, strict=True):
             for key, value in hyperparameters.items():
                 group.setdefault(key, value)
-        self._regularized = False
+        self._regularized = []
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -438,8 +448,32 @@ class BoosterOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks and what a scheduler patched onto the instance stay behind.
         public = ("base_optimizer", "eps", "replay_rng", "module", "no_sync", "independent_ranks")
-        private = ("diagnostics", "_defaults", "_regularized", "_rounding_checked")
-        return {name: self.__dict__[name] for name in (*public, *private)}
+        private = ("diagnostics", "_defaults", "_rounding_checked")
+        return {name: self.__dict__[name] for name in (*public, *private)} | {"_regularized": []}
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Answers Accelerate's `prepare`, which asks before it wraps an optimizer."""
+        if hasattr(self.base_optimizer, "gradient_state"):
+            raise TypeError(
+                "The base optimizer has been prepared already and would step, and be unscaled, "
+                "twice. Prepare either the base optimizer or the BoosterOptimizer."
+            )
+        take_both_closures(BoosterOptimizer)
+        return False
+
+    def _between_steps(self) -> bool:
+        """Whether a prepared base optimizer waits for further micro-batches."""
+        if is_boundary():
+            return False
+        if hasattr(self.base_optimizer, "gradient_state"):
+            return True
+        raise RuntimeError(
+            "Within accelerator.accumulate this micro-batch does not step, and a harmful pass here "
+            "would see gradients that no rank has shared. Call "
+            "torch_booster.integrations.accelerate.regularize(optimizer, harmful_closure), or step "
+            "on what accelerator.prepare returned; both wait for the micro-batch that steps."
+        )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -454,8 +488,10 @@ class BoosterOptimizer(Optimizer):
         return False
 
     def _refuse_second_regularizer(self) -> None:
-        grads = (p.grad for group in self.param_groups for p in group["params"])
-        if self._regularized and any(grad is not None for grad in grads):
+        # Gradients rather than a flag: where a GradScaler skips the step and model.zero_grad()
+        # drops them, nobody tells this optimizer.
+        held = {id(ref()) for ref in self._regularized} - {id(None)}
+        if held & {id(p.grad) for group in self.param_groups for p in group["params"]}:
             raise RuntimeError(
                 "The regulariser is already in .grad and would be counted twice. Call regularize "
                 "once for each optimizer step, or drop the gradients with opt.zero_grad() first."
