@@ -141,6 +141,7 @@ def train(
     uneven: bool = False,
     clip: float | None = None,
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    alignment_first: bool = False,
     first: int = 0,
     steps: int = STEPS,
 ) -> None:
@@ -182,8 +183,11 @@ def train(
             opt.step(alignment, harmful)
         else:
             opt.zero_grad()
+            if alignment_first:  # the averaged gradient then lies in DDP's own memory
+                passes(batch["f_x"], batch["f_y"], False, alignment_parts)
             opt.regularize(harmful)
-            passes(batch["f_x"], batch["f_y"], False, alignment_parts)
+            if not alignment_first:
+                passes(batch["f_x"], batch["f_y"], False, alignment_parts)
             if clip is not None:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
                 assert full(norm).isfinite()
@@ -491,6 +495,7 @@ for usage in ("staged", "one_call"):
             ),
         }
         if usage == "staged":
+            TWO[f"ddp_{tag}_alignment_first"] = partial(case, alignment_first=True)
             TWO[f"ddp_{tag}_clip"] = partial(case, clip=0.5, alignment_parts=2)
 for usage in ("staged", "one_call"):
     fsdp2 = partial(fsdp2_case, usage=usage)
