@@ -225,7 +225,9 @@ class BoosterOptimizer(Optimizer):
 
         Call it before the forward pass of the alignment loss: in between, the weights are
         changed and put back, which invalidates graphs recorded earlier. Gradients already in
-        `.grad` are kept and take no part in the perturbation.
+        `.grad` are kept and take no part in the perturbation. Those that FSDP2 holds back, under
+        `set_requires_gradient_sync(False)`, are not in `.grad`: the harmful passes would be added
+        to them, so there it must come before the first micro-batch.
 
         Args:
             harmful_closure: Runs forward and backward of h and returns the loss; called twice, on
