@@ -307,9 +307,8 @@ class _RandomState:
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
         self._module: Any = None
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            self._module = torch.get_device_module(accelerator)
+        if torch.accelerator.is_available():
+            self._module = torch.get_device_module()
             if hasattr(self._module, "get_rng_state_all"):
                 self._devices = self._module.get_rng_state_all()
             else:
