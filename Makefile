@@ -21,10 +21,10 @@ demo: $(INSTALLED)  ## Align a small model with SFT and with Booster, attack bot
 	$(BIN)/python examples/lora_alignment.py
 
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
 
 test-slow: $(INSTALLED)  ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .

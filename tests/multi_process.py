@@ -1,4 +1,4 @@
-"""Runs many cases in one set of gloo processes; a case that fails reports the rank's traceback.
+"""Runs many cases in one set of processes; a case that fails reports the rank's traceback.
 
 Starting a process costs seconds (it imports torch), so that a module starts its set once. A rank
 that raises leaves the others waiting in a collective: their timeout ends the wait, and every
@@ -24,12 +24,15 @@ TIMEOUT = datetime.timedelta(seconds=60)
 Case = Callable[[int], None]  # rank -> raises on failure
 
 
-def run_cases(cases: Mapping[str, Case], world_size: int) -> dict[str, str | None]:
-    """Runs every case on `world_size` gloo processes.
+def run_cases(
+    cases: Mapping[str, Case], world_size: int, backend: str = "gloo"
+) -> dict[str, str | None]:
+    """Runs every case on `world_size` processes.
 
     Args:
         cases: Importable functions that take the rank and raise where they fail.
         world_size: Number of processes.
+        backend: "gloo" on the CPU; "nccl" with one GPU for each process, as default device.
 
     Returns:
         None for each case that passed, else a text with the traceback of every rank that failed.
@@ -37,7 +40,10 @@ def run_cases(cases: Mapping[str, Case], world_size: int) -> dict[str, str | Non
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.start_processes(
-                _worker, (world_size, folder, dict(cases)), nprocs=world_size, start_method="spawn"
+                _worker,
+                (world_size, folder, dict(cases), backend),
+                nprocs=world_size,
+                start_method="spawn",
             )
             died = ""
         except Exception:  # a signal in process-group teardown, after the results were written
@@ -54,11 +60,14 @@ def run_cases(cases: Mapping[str, Case], world_size: int) -> dict[str, str | Non
         return outcomes
 
 
-def _worker(rank: int, world_size: int, folder: str, cases: dict[str, Case]) -> None:
+def _worker(rank: int, world_size: int, folder: str, cases: dict[str, Case], backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,

@@ -47,7 +47,7 @@ class Net(nn.Module):
 
     def __init__(self, branches: bool = True) -> None:
         super().__init__()
-        torch.manual_seed(5)
+        torch.manual_seed(5)  # of the device: both sides of a comparison are built on one
         self.inner = nn.Linear(4, 8)
         self.outer = nn.Linear(8, 8)
         self.head = nn.Linear(8, 4)
@@ -65,11 +65,18 @@ class Net(nn.Module):
         return y
 
 
+def device() -> torch.device:
+    """The CPU, or this rank's GPU."""
+    return torch.get_default_device()
+
+
 def batches(step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
+    generator = torch.Generator("cpu").manual_seed(100 + step)
     shape = (8, 4)
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        name: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            device()
+        )
         for name in ("f_x", "f_y", "h_x", "h_y")
     }
 
@@ -359,7 +366,7 @@ def fsdp1_case(rank: int, *, original: bool, strategy: str, branches: bool = Fal
         Net(branches),
         use_orig_params=original,
         sharding_strategy=ShardingStrategy[strategy],
-        device_id=torch.device("cpu"),
+        device_id=device(),
     )
     bare = BoosterOptimizer(base_optimizer(model.parameters()))
 
@@ -385,7 +392,7 @@ def fsdp1_case(rank: int, *, original: bool, strategy: str, branches: bool = Fal
 
 def tensor_parallel_case(rank: int, *, clip: float | None = None, **loop: Any) -> None:
     """Two sharded layers, a plain one, and a replicated norm: every rank sees the whole batch."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device().type, (2,))
     model = Net(False)
     plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
     parallelize_module(model, mesh, plan)
@@ -397,7 +404,7 @@ def tensor_parallel_case(rank: int, *, clip: float | None = None, **loop: Any) -
 
 def two_dimensions_case(rank: int, *, usage: str) -> None:
     """FSDP2 over two pairs of tensor-parallel ranks."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "tp"))
     model = Net(False)
     plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
     parallelize_module(model, mesh["tp"], plan)
@@ -536,6 +543,14 @@ TWO |= {
     },
     "ddp_no_sync_needs_accumulating_alignment": ddp_no_sync_needs_accumulating_alignment,
 }
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs for NCCL")
+def test_two_processes_on_gpus() -> None:
+    outcomes = run_cases(TWO, 2, "nccl")
+    failures = [f"{name}:\n{text}" for name, text in outcomes.items() if text is not None]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
 
 
 FOUR: dict[str, Callable[[int], None]] = {
