@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test check format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,10 +21,7 @@ demo: $(INSTALLED)  ## Align a small model with SFT and with Booster, attack bot
 	$(BIN)/python examples/lora_alignment.py
 
 test: $(INSTALLED)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
-
-test-slow: $(INSTALLED)  ## Run the tests that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(INSTALLED)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .
