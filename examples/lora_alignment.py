@@ -95,6 +95,8 @@ class Arguments:
         "### Instruction:\n{prompt}\n\n### Response:\n", "text around each prompt"
     )
 
+    end_token: str = option("", "token that ends an answer (empty: the tokenizer's end of text)")
+
     alignment_set: str = option(
         "", "harmful prompt -> refusal: hub name or local file (empty: the harmful set's prompts)"
     )
@@ -343,6 +345,7 @@ def load_data(args: Arguments) -> Data:
     if args.model:
         try:
             AutoConfig.from_pretrained(args.model)
+            load_tokenizer(Path(args.model), args)
         except (OSError, ValueError) as error:
             raise ValueError(f"--model {args.model} can not be loaded: {error}") from error
         harmful = read_set(
@@ -498,7 +501,7 @@ def align(
 ) -> None:
     """Alignment stage: trains one model to refuse and saves it in ``folder``."""
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base, args)
     model: Any = load_model(base, args)
     if not args.full:
         targets = "all-linear" if args.lora_targets == ["all-linear"] else args.lora_targets
@@ -554,7 +557,7 @@ def attack(
     """Fine-tunes an aligned model on the user's task with a fraction p of harmful samples."""
     method, seed, p = cell
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base, args)
     model: Any = load_model(aligned if args.full else base, args)
     if not args.full:
         model = PeftModel.from_pretrained(model, aligned, is_trainable=True)
@@ -581,6 +584,22 @@ def attack(
             curve.append({"step": step, **scores})
         report(f"attack {method}, seed {seed}, p = {p:g}", step, args.attack_steps)
     return {"curve": curve} | evaluate(model, tokenizer, args, data)
+
+
+def load_tokenizer(path: Path, args: Arguments) -> Any:
+    """The model's tokenizer, ready to generate.
+
+    Raises:
+        ValueError: It does not know ``--end_token``.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if args.end_token:
+        if args.end_token not in tokenizer.get_vocab():
+            raise ValueError(f"its tokenizer has no token {args.end_token!r}; set --end_token")
+        tokenizer.eos_token = args.end_token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(path: Path, args: Arguments) -> Any:
@@ -645,9 +664,6 @@ def evaluate(
 def respond(model: Any, tokenizer: Any, args: Arguments, prompts: list[str]) -> list[str]:
     """Greedy responses."""
     responses: list[str] = []
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     for start in range(0, len(prompts), 100):
         texts = [args.template.replace("{prompt}", p) for p in prompts[start : start + 100]]
         inputs = tokenizer(texts, padding=True, return_tensors="pt").to(args.device)
@@ -656,6 +672,7 @@ def respond(model: Any, tokenizer: Any, args: Arguments, prompts: list[str]) -> 
             attention_mask=inputs.attention_mask,
             max_new_tokens=args.max_new_tokens,
             do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
         answers = tokens[:, inputs.input_ids.shape[1] :]
@@ -726,7 +743,16 @@ def base_model(args: Arguments, report: Report) -> tuple[Path, str]:
 
 
 ALIGNMENT_SETTINGS = [
-    *("dtype", "template", "full", "align_lr", "align_steps", "batch_size", "weight_decay"),
+    *(
+        "dtype",
+        "template",
+        "end_token",
+        "full",
+        "align_lr",
+        "align_steps",
+        "batch_size",
+        "weight_decay",
+    ),
     *("max_grad_norm", "max_length"),
 ]
 LORA_SETTINGS = ["lora_r", "lora_alpha", "lora_targets"]
@@ -742,7 +768,7 @@ def aligned_folder(args: Arguments, data: Data, base_name: str, method: str, see
     names += ["lam", "alpha"] if method == "booster" else []
     settings = {name: getattr(args, name) for name in names}
     samples = (data.alignment, data.harmful)
-    sources = code(align, load_model, backpropagate, batches, encode, collate)
+    sources = code(align, load_model, load_tokenizer, backpropagate, batches, encode, collate)
     name = digest(sources, base_name, samples, settings, method, seed)
     return Path(args.cache_dir).expanduser() / f"{method}-{name}"
 

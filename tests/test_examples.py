@@ -24,10 +24,7 @@ mini_language = pytest.importorskip("mini_language", reason="the examples extra 
 
 # The libraries the examples use deprecate parts of one another; that is not under test.
 pytestmark = [
-    pytest.mark.filterwarnings("default::FutureWarning"),
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 TINY = [

@@ -14,8 +14,7 @@ NEEDS = {"hf_trainer": "datasets", "trl_sft": "trl"}
 
 # The libraries the examples use deprecate parts of one another; that is not under test.
 pytestmark = [
-    pytest.mark.filterwarnings("default::FutureWarning"),
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 
