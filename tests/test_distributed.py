@@ -361,9 +361,9 @@ def fsdp2_mixed_precision(rank: int) -> None:
     assert results[0] == pytest.approx(results[1], rel=0.02)
 
 
-def fsdp1_case(rank: int, *, original: bool, strategy: str, branches: bool = False) -> None:
+def fsdp1_case(rank: int, *, original: bool, strategy: str, parts: int = 1) -> None:
     model = FullyShardedDataParallel(
-        Net(branches),
+        Net(False),
         use_orig_params=original,
         sharding_strategy=ShardingStrategy[strategy],
         device_id=device(),
@@ -379,8 +379,8 @@ def fsdp1_case(rank: int, *, original: bool, strategy: str, branches: bool = Fal
         bare.regularize(harmful)
     bare.zero_grad()
     opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1, module=model)
-    train(model, opt, rank=rank, world=2)
-    expected = reference(branches, None)
+    train(model, opt, rank=rank, world=2, alignment_parts=parts, harmful_parts=parts)
+    expected = reference(False, None)
     with FullyShardedDataParallel.summon_full_params(model):
         found = {name.split("_fsdp_wrapped_module.")[-1]: p for name, p in model.named_parameters()}
         if not original:
@@ -402,7 +402,7 @@ def tensor_parallel_case(rank: int, *, clip: float | None = None, **loop: Any) -
     assert_same(model, reference(False, clip))
 
 
-def two_dimensions_case(rank: int, *, usage: str) -> None:
+def two_dimensions_case(rank: int, **loop: Any) -> None:
     """FSDP2 over two pairs of tensor-parallel ranks."""
     mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "tp"))
     model = Net(False)
@@ -411,7 +411,7 @@ def two_dimensions_case(rank: int, *, usage: str) -> None:
     fully_shard(model, mesh=mesh["dp"])
     base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
     opt = BoosterOptimizer(base, 5.0, 0.1)
-    train(model, opt, rank=mesh["dp"].get_local_rank(), world=2, usage=usage)
+    train(model, opt, rank=mesh["dp"].get_local_rank(), world=2, **loop)
     assert_same(model, reference(False, None))
     assert opt.diagnostics is not None
     assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=1e-6)
@@ -516,6 +516,9 @@ for usage in ("staged", "one_call"):
             fsdp2, alignment_parts=2, harmful_parts=2, hold_back=True
         ),
         f"tensor_parallel_{usage}": partial(tensor_parallel_case, usage=usage),
+        f"tensor_parallel_{usage}_micro_batches": partial(
+            tensor_parallel_case, usage=usage, alignment_parts=2, harmful_parts=2
+        ),
         f"tensor_parallel_{usage}_closures_zero": partial(
             tensor_parallel_case, usage=usage, zeroing=True
         ),
@@ -529,7 +532,7 @@ TWO |= {
     "checkpoint_of_the_bare_optimizer": checkpoint_of_the_bare_optimizer,
     **{
         f"fsdp1_{strategy.lower()}{'_original' if original else ''}": partial(
-            fsdp1_case, original=original, strategy=strategy
+            fsdp1_case, original=original, strategy=strategy, parts=2 if original else 1
         )
         for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
         for original in (False, True)
@@ -554,8 +557,11 @@ def test_two_processes_on_gpus() -> None:
 
 
 FOUR: dict[str, Callable[[int], None]] = {
-    f"fsdp2_times_tensor_parallel_{usage}": partial(two_dimensions_case, usage=usage)
+    f"fsdp2_times_tensor_parallel_{usage}_{parts}": partial(
+        two_dimensions_case, usage=usage, alignment_parts=parts, harmful_parts=parts
+    )
     for usage in ("staged", "one_call")
+    for parts in (1, 2)
 }
 
 
