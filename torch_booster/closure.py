@@ -153,7 +153,7 @@ class GradWatch:
         return [
             index in self._accumulated
             or (not edits and self._changed(index))
-            or (not several_processes() and p.grad is not self._last[index][0])
+            or (p.grad is not self._last[index][0] and not several_processes())
             for index, p in enumerate(self._params)
         ]
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 __all__ = [
     "NO_DEEPSPEED",
     "is_boundary",
+    "layers",
     "refuse_unservable",
     "take_both_closures",
     "undivided",
@@ -31,6 +32,14 @@ NO_DEEPSPEED = (
 Kind = TypeVar("Kind")
 
 
+def layers(optimizer: Optimizer) -> Generator[Any]:
+    """An optimizer and what it wraps, as its `optimizer`, from the outside in."""
+    layer: Any = optimizer
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "optimizer", None)
+
+
 def wrapped_by(optimizer: Optimizer, kind: type[Kind]) -> Kind | None:
     """The instance of `kind` that an optimizer is, or wraps as its `optimizer`.
 
@@ -41,10 +50,7 @@ def wrapped_by(optimizer: Optimizer, kind: type[Kind]) -> Kind | None:
     Returns:
         The outermost such instance, None where there is none.
     """
-    found: Any = optimizer
-    while found is not None and not isinstance(found, kind):
-        found = getattr(found, "optimizer", None)
-    return found
+    return next((layer for layer in layers(optimizer) if isinstance(layer, kind)), None)
 
 
 def is_boundary() -> bool:

@@ -29,6 +29,7 @@ from torch_booster.distributed import global_norm, local, placed_like
 from torch_booster.engine import (
     NO_DEEPSPEED,
     is_boundary,
+    layers,
     refuse_unservable,
     take_both_closures,
 )
@@ -528,13 +529,11 @@ def _check_base(base_optimizer: Any) -> None:
         )
     if not isinstance(base_optimizer, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {base_optimizer!r}.")
-    wrapped: Any = base_optimizer
-    while wrapped is not None:
-        if isinstance(wrapped, BoosterOptimizer):
+    for layer in layers(base_optimizer):
+        if isinstance(layer, BoosterOptimizer):
             raise TypeError("base_optimizer is a BoosterOptimizer already; wrap it once.")
-        if "deepspeed" in type(wrapped).__module__:
-            raise TypeError(f"base_optimizer is a {type(wrapped).__name__}. {NO_DEEPSPEED}")
-        wrapped = getattr(wrapped, "optimizer", None)
+        if "deepspeed" in type(layer).__module__:
+            raise TypeError(f"base_optimizer is a {type(layer).__name__}. {NO_DEEPSPEED}")
     name = type(base_optimizer).__name__
     if isinstance(base_optimizer, torch.optim.SparseAdam):
         raise TypeError(f"{name} takes sparse gradients only, and Booster's arithmetic is dense.")

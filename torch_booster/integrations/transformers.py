@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
+from torch_booster.engine import NO_DEEPSPEED
 from torch_booster.optimizer import BoosterOptimizer, Diagnostics
 
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
@@ -109,10 +110,7 @@ class BoosterMixin(Trainer):
 
     def _refuse_what_cannot_work(self) -> None:
         if self.is_deepspeed_enabled:
-            raise RuntimeError(
-                "Booster does not support DeepSpeed: the engine owns gradients and step, so the "
-                "harmful passes cannot be kept out of the update. Use DDP or FSDP2."
-            )
+            raise RuntimeError(NO_DEEPSPEED)
         if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1:
             raise RuntimeError(
                 "FSDP keeps the gradients of earlier micro-batches unreduced, and the harmful "
