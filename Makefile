@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check format docs bench-quick clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,5 +32,11 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## Build the documentation into site/, warnings being errors
+	$(BIN)/mkdocs build --strict
+
+bench-quick: $(INSTALLED)  ## Run every experiment of the benchmark at toy size: the machinery, no claim
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning all --preset quick --seeds 0
+
 clean:  ## Remove the environment and what tools left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -23,15 +23,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mini_language
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from mini_language import Example
 from rich.progress import track
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+import mini_language
+from mini_language import Example
 from torch_booster import BoosterOptimizer
 from torch_booster.integrations.accelerate import regularize
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import mini_language
 import torch
 from datasets import Dataset, load_dataset
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import mini_language
 from torch_booster.integrations.transformers import BoosterArguments, BoosterTrainer
 
 

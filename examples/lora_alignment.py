@@ -54,9 +54,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import mini_language
 import torch
-from mini_language import Example
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
@@ -68,7 +66,9 @@ from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+import mini_language
 import torch_booster
+from mini_language import Example
 from torch_booster import BoosterOptimizer
 
 REFUSAL = "I am sorry, but I can not help with that request."

@@ -15,12 +15,12 @@ import random
 import sys
 from dataclasses import dataclass, field
 
-import mini_language
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
+import mini_language
 from torch_booster.integrations.transformers import BoosterArguments, BoosterMixin
 
 

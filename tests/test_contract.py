@@ -444,6 +444,38 @@ def test_regularize_twice_before_a_step() -> None:
     run.opt.regularize(harmful)
 
 
+def test_step_with_a_closure_after_regularize_accumulates_onto_it() -> None:
+    """As engines step that hand every optimizer a closure."""
+    staged, handed, one_call = (Run("AdamW") for _ in range(3))
+    for run in (staged, handed):
+        run.opt.zero_grad()
+        run.opt.regularize(run.closure(-1.0))
+    staged.closure(1.0)()
+    staged.opt.step()
+    loss = handed.opt.step(handed.closure(1.0))
+    assert_equal(handed.weights, staged.weights)
+    assert_equal(handed.weights, one_call.train(1).weights)
+    assert loss > 0
+
+    before = handed.weights
+    handed.opt.zero_grad()
+    with pytest.raises(TypeError, match="missing harmful_closure"):
+        handed.opt.step(handed.closure(1.0))
+    handed.opt.regularize(handed.closure(-1.0))
+    handed.model.zero_grad()
+    with pytest.raises(TypeError, match="missing harmful_closure"):
+        handed.opt.step(handed.closure(1.0))
+    handed.opt.regularize(handed.closure(-1.0))
+
+    def zeroing() -> Tensor:
+        handed.opt.zero_grad()
+        return handed.closure(1.0)()
+
+    with pytest.raises(RuntimeError, match="zeroed the regulariser"):
+        handed.opt.step(zeroing)
+    assert_equal(handed.weights, before)
+
+
 @pytest.mark.parametrize("usage", ["one_call", "staged"])
 def test_sparse_gradients_are_refused(usage: str) -> None:
     table = nn.Embedding(4, 3, sparse=True)

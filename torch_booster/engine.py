@@ -7,6 +7,8 @@ nobody has imported it, there is none.
 from __future__ import annotations
 
 import functools
+import gc
+import inspect
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from torch.optim import Optimizer
 
 __all__ = [
     "NO_DEEPSPEED",
+    "acts_in_backward",
+    "behind_stand_in",
     "is_boundary",
     "layers",
     "refuse_unservable",
@@ -51,6 +55,37 @@ def wrapped_by(optimizer: Optimizer, kind: type[Kind]) -> Kind | None:
         The outermost such instance, None where there is none.
     """
     return next((layer for layer in layers(optimizer) if isinstance(layer, kind)), None)
+
+
+def behind_stand_in(optimizer: Any) -> Any:
+    """The optimizer behind Lightning's stand-in, which takes over its class but not its state."""
+    return vars(optimizer).get("_optimizer", optimizer)
+
+
+def acts_in_backward(optimizer: Optimizer) -> bool:
+    """Whether an optimizer, or one it wraps, hangs on the gradients of its own parameters.
+
+    Such a hook holds the optimizer, as a method does or as a function within one does. torchao's
+    offloading one is known by name: its groups hold copies of the parameters with the hooks.
+    """
+    owners = list(layers(optimizer))
+    if any(kind.__name__ == "CPUOffloadOptimizer" for kind in type(optimizer).__mro__):
+        return True
+    hooks = (
+        hook
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for hook in ((p._backward_hooks or {}) | (p._post_accumulate_grad_hooks or {})).values()
+    )
+    return any(holder is owner for hook in hooks for holder in _held_by(hook) for owner in owners)
+
+
+def _held_by(hook: Any) -> list[Any]:
+    if isinstance(hook, functools.partial):
+        return [*hook.args, *_held_by(hook.func)]
+    hook = inspect.unwrap(hook)
+    cells = getattr(hook, "__closure__", None) or ()
+    return [getattr(hook, "__self__", None), *gc.get_referents(*cells)]
 
 
 def is_boundary() -> bool:

@@ -28,6 +28,8 @@ from torch_booster.closure import Closure, GradWatch, HarmfulPasses, run, summed
 from torch_booster.distributed import global_norm, local, placed_like
 from torch_booster.engine import (
     NO_DEEPSPEED,
+    acts_in_backward,
+    behind_stand_in,
     is_boundary,
     layers,
     refuse_unservable,
@@ -181,7 +183,9 @@ class BoosterOptimizer(Optimizer):
 
         Args:
             alignment_closure: Runs forward and backward of f and returns the loss. Its gradients
-                are combined with the regulariser afterwards, so it may zero or clip them.
+                are combined with the regulariser afterwards, so it may zero or clip them. Alone,
+                after `regularize`, it accumulates onto the regulariser, or does nothing: engines
+                such as Lightning hand every step a closure.
             harmful_closure: The same for h, called twice on one batch. Where it zeroes gradients,
                 those present before the call are dropped, as with any torch closure.
             closure: torch's keyword for `alignment_closure`.
@@ -191,12 +195,15 @@ class BoosterOptimizer(Optimizer):
 
         Raises:
             TypeError: One closure is missing or not callable.
-            RuntimeError: A closure made no gradients. The weights are as they were.
+            RuntimeError: A closure made no gradients, or zeroed a regulariser that waits in
+                `.grad`. The weights are as they were.
         """
         alignment_closure = alignment_closure if closure is None else closure
         if alignment_closure is None and harmful_closure is None:
-            self._regularized = []
+            self._regularized.clear()
             return self.base_optimizer.step()
+        if harmful_closure is None and (self._regularizer_waits() or not self._is_on()):
+            return self._step_on_regularizer(alignment_closure)
         self._between_steps()
         loss = self._combine(alignment_closure, harmful_closure)
         self.base_optimizer.step()
@@ -218,7 +225,18 @@ class BoosterOptimizer(Optimizer):
             _add_to_grad(params, regularizer)
         else:
             _add_to_grad(params, regularizer)
-            loss = _run_on_top(alignment_closure, list(params))
+            loss = _run_on_top(
+                lambda: run(alignment_closure, "alignment_closure", list(params)), list(params)
+            )
+        return loss
+
+    def _step_on_regularizer(self, alignment_closure: Any) -> Any:
+        """Steps on what `regularize` left in `.grad` and the closure, if it likes, adds to it."""
+        alignment_closure = _checked_closure("alignment_closure", alignment_closure)
+        params = list(self._trainable()) if self._is_on() else []
+        loss = _run_on_top(alignment_closure, params)
+        self._regularized.clear()
+        self.base_optimizer.step()
         return loss
 
     def regularize(self, harmful_closure: Closure) -> Tensor | None:
@@ -241,6 +259,9 @@ class BoosterOptimizer(Optimizer):
             TypeError: `harmful_closure` is not callable or returns no loss.
             RuntimeError: It made no gradients, or the regulariser has been added already.
         """
+        booster = behind_stand_in(self)
+        if booster is not self:
+            return booster.regularize(harmful_closure)
         harmful_closure = _checked_closure("harmful_closure", harmful_closure)
         self._refuse_second_regularizer()
         if not self._is_on():
@@ -366,7 +387,16 @@ class BoosterOptimizer(Optimizer):
                 _checked(key, group[key])
             if any(hasattr(p, "ds_id") for p in group["params"]):
                 raise RuntimeError(NO_DEEPSPEED)
-        return {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
+        params = {
+            p: group for group in self.param_groups for p in group["params"] if p.requires_grad
+        }
+        if not params:
+            raise RuntimeError(
+                f"No parameter of the {type(self.base_optimizer).__name__} requires a gradient, so "
+                "there is none to regularise. Unfreeze some; where optimizers step in the backward "
+                "pass (layer-wise), use one that steps in step()."
+            )
+        return params
 
     def _is_on(self) -> bool:
         self._complete_groups()
@@ -403,7 +433,7 @@ class BoosterOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and with them a regulariser that was added."""
-        self._regularized = []
+        self._regularized.clear()
         self.base_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -436,7 +466,7 @@ class BoosterOptimizer(Optimizer):
         for group, hyperparameters in zip(self.param_groups, in_force, strict=True):
             for key, value in hyperparameters.items():
                 group.setdefault(key, value)
-        self._regularized = []
+        self._regularized.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -490,11 +520,14 @@ class BoosterOptimizer(Optimizer):
             )
         return False
 
-    def _refuse_second_regularizer(self) -> None:
+    def _regularizer_waits(self) -> bool:
         # Gradients rather than a flag: where a GradScaler skips the step and model.zero_grad()
         # drops them, nobody tells this optimizer.
         held = {id(ref()) for ref in self._regularized} - {id(None)}
-        if held & {id(p.grad) for group in self.param_groups for p in group["params"]}:
+        return bool(held & {id(p.grad) for group in self.param_groups for p in group["params"]})
+
+    def _refuse_second_regularizer(self) -> None:
+        if self._regularizer_waits():
             raise RuntimeError(
                 "The regulariser is already in .grad and would be counted twice. Call regularize "
                 "once for each optimizer step, or drop the gradients with opt.zero_grad() first."
@@ -502,14 +535,15 @@ class BoosterOptimizer(Optimizer):
 
 
 def _run_on_top(alignment_closure: Closure, params: list[Tensor]) -> Any:
-    """Runs the alignment closure on a regulariser that waits in `.grad` to be averaged with it."""
-    with GradWatch([p for p in params if p.grad is not None]) as watch:
-        loss = run(alignment_closure, "alignment_closure", params)
-    if watch.zeroed:
+    """Runs the alignment closure on a regulariser that waits in `.grad` to be added to."""
+    waiting = [p for p in params if p.grad is not None]
+    with GradWatch(waiting) as watch, torch.enable_grad():
+        loss = alignment_closure()
+    if watch.zeroed or any(p.grad is None for p in waiting):
         raise RuntimeError(
-            "alignment_closure zeroed the regulariser. With no_sync it waits in .grad, so that one "
-            "all-reduce averages it together with the alignment gradient: let the closure "
-            "accumulate, and call opt.zero_grad() before opt.step(...)."
+            "alignment_closure zeroed the regulariser, which waits in .grad after regularize() and "
+            "with no_sync (so that one all-reduce averages it together with the alignment "
+            "gradient). Let the closure accumulate, and call opt.zero_grad() before."
         )
     return loss
 
@@ -528,7 +562,11 @@ def _check_base(base_optimizer: Any) -> None:
             f"{base_optimizer.__name__}(model.parameters(), ...)."
         )
     if not isinstance(base_optimizer, Optimizer):
-        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {base_optimizer!r}.")
+        raise TypeError(
+            f"base_optimizer must be a torch.optim.Optimizer, got {base_optimizer!r}. A wrapper "
+            "that is none (such as schedule-free's) may go around BoosterOptimizer instead: call "
+            "regularize on the inner optimizer and step on the wrapper."
+        )
     for layer in layers(base_optimizer):
         if isinstance(layer, BoosterOptimizer):
             raise TypeError("base_optimizer is a BoosterOptimizer already; wrap it once.")
@@ -537,6 +575,17 @@ def _check_base(base_optimizer: Any) -> None:
     name = type(base_optimizer).__name__
     if isinstance(base_optimizer, torch.optim.SparseAdam):
         raise TypeError(f"{name} takes sparse gradients only, and Booster's arithmetic is dense.")
+    if acts_in_backward(base_optimizer):
+        raise TypeError(
+            f"{name} has hooks on the gradients of its parameters, as optimizers do that step or "
+            "offload during the backward pass. It would take the gradients of the harmful passes "
+            "for its own. Use an optimizer that reads .grad in step()."
+        )
+    if any(hasattr(base_optimizer, method) for method in ("first_step", "set_closure")):
+        raise TypeError(
+            f"{name} evaluates the gradient again within its step (as SAM does), and would replace "
+            "the Booster gradient by the alignment gradient. Use an optimizer that reads .grad."
+        )
     closure = inspect.signature(base_optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -549,7 +598,8 @@ def _checked_closure(name: str, closure: Closure | None) -> Closure:
     if closure is None:
         raise TypeError(
             f"step() is missing {name}. Give both closures, or call regularize(harmful_closure), "
-            "loss.backward() and then step() without arguments."
+            "loss.backward() and then step() without arguments. Lightning's automatic optimization "
+            "gives one closure: optimize manually, or override optimizer_step to give both."
         )
     if not callable(closure):
         raise TypeError(

@@ -1,0 +1,196 @@
+"""The experiments: which runs each of the paper's tables and figures is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from benchmarks.harmful_finetuning.grid import Cell
+from benchmarks.harmful_finetuning.language import TASKS
+from benchmarks.harmful_finetuning.settings import ARCHITECTURES, Settings
+
+__all__ = ["EXPERIMENTS", "Experiment", "Request"]
+
+TABLE = ("sft", "lisa", "repnoise", "vaccine", "booster")
+"""The methods of the paper's tables."""
+
+
+class Request(NamedTuple):
+    """What the command line asks of any experiment."""
+
+    settings: Settings
+    seeds: Sequence[int]
+    methods: Sequence[str]  # empty: the experiment's own
+    quick: bool  # the ends of each axis only
+
+    def cells(
+        self,
+        own: Sequence[str],
+        settings: Iterable[Settings],
+        vary: Callable[[Settings], dict[str, Any]] = lambda settings: {},
+    ) -> list[Cell]:
+        """A cell of every method and seed at each of the settings."""
+        return [
+            Cell(method, seed, values, vary(values))
+            for values in settings
+            for seed in self.seeds
+            for method in self.methods or own
+        ]
+
+    def axis(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The values of an axis."""
+        return (values[0], values[-1]) if self.quick else values
+
+
+class Experiment(NamedTuple):
+    """A table or figure: what it varies, and its runs."""
+
+    title: str
+    axis: str
+    cells: Callable[[Request], list[Cell]]
+    note: str = ""
+
+
+def _harmful_ratio(request: Request) -> list[Cell]:
+    fractions = request.axis((0.0, 0.05, 0.1, 0.15, 0.2))
+    return request.cells(TABLE, (replace(request.settings, p=p) for p in fractions))
+
+
+def _sample_number(request: Request) -> list[Cell]:
+    largest = request.settings.samples
+    numbers = request.axis([round(largest * share) for share in (0.5, 0.75, 1.0)])
+    return request.cells(TABLE, (replace(request.settings, samples=n) for n in numbers))
+
+
+def _tasks(request: Request) -> list[Cell]:
+    return request.cells(TABLE, (replace(request.settings, task=t) for t in request.axis(TASKS)))
+
+
+def _architectures(request: Request) -> list[Cell]:
+    names = request.axis(ARCHITECTURES)
+    return request.cells(TABLE, (replace(request.settings, architecture=name) for name in names))
+
+
+def _perturbation_study(request: Request) -> list[Cell]:
+    n = min(request.settings.samples, 380)  # all of it harmful, and so bounded by the attack's set
+    steps = request.settings.eval_every
+    settings = (
+        replace(request.settings, samples=n, p=p, eval_every=max(1, steps // 2)) for p in (1.0, 0.0)
+    )
+    kinds = {1.0: "harmful", 0.0: "benign"}
+    return request.cells(("sft", "booster"), settings, lambda s: {"fine-tuning": kinds[s.p]})
+
+
+def _of_booster(name: str, values: Sequence[float]) -> Callable[[Request], list[Cell]]:
+    """Booster at several values of a hyperparameter, and SFT beside it."""
+
+    def cells(request: Request) -> list[Cell]:
+        return [
+            cell
+            for value in request.axis(values)
+            for cell in request.cells(
+                ("sft", "booster"),
+                [request.settings.given("booster", **{name: value})],
+                lambda _, value=value: {name: value},
+            )
+        ]
+
+    return cells
+
+
+def _of_settings(
+    name: str, values: Sequence[Any], own: Sequence[str] = ("sft", "booster")
+) -> Callable[[Request], list[Cell]]:
+    """Methods at several values of one setting."""
+
+    def cells(request: Request) -> list[Cell]:
+        return request.cells(
+            own,
+            (replace(request.settings, **{name: value}) for value in request.axis(values)),
+            lambda settings: {name: getattr(settings, name)},
+        )
+
+    return cells
+
+
+def _harmful_samples(request: Request) -> list[Cell]:
+    largest = min(request.settings.harmful_samples, 690)
+    smallest = request.settings.batch_size
+    values = [max(smallest, round(largest * share)) for share in (0.02, 0.1, 0.5, 1.0)]
+    return _of_settings("harmful_samples", values)(request)
+
+
+def _combinations(request: Request) -> list[Cell]:
+    fractions = request.axis((0.05, 0.1, 0.2))
+    methods = ("sft", "lisa", "vaccine", "booster", "booster_vaccine", "booster_lisa")
+    return request.cells(methods, (replace(request.settings, p=p) for p in fractions))
+
+
+def _qualitative(request: Request) -> list[Cell]:
+    once = request._replace(seeds=request.seeds[:1])
+    return once.cells((*TABLE, "booster_vaccine", "booster_lisa"), [request.settings])
+
+
+def _control(request: Request) -> list[Cell]:
+    return request.cells(("sft", "booster", "random_direction"), [request.settings])
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "harmful-ratio": Experiment("Harmful ratio p (the paper's Table 1)", "p", _harmful_ratio),
+    "sample-number": Experiment("Number of user samples n", "samples", _sample_number),
+    "tasks": Experiment("User's task", "task", _tasks),
+    "architectures": Experiment(
+        "Architecture (the paper's Table 4)", "architecture", _architectures
+    ),
+    "perturbation-study": Experiment(
+        "Purely harmful and purely benign fine-tuning (the paper's Figure 2)",
+        "fine-tuning",
+        _perturbation_study,
+    ),
+    "lambda": Experiment("Intensity λ", "lam", _of_booster("lam", (0.1, 0.5, 1.0, 5.0, 20.0))),
+    "alpha": Experiment("Step size α", "alpha", _of_booster("alpha", (0.01, 0.03, 0.1, 0.3, 1.0))),
+    "harmful-samples": Experiment(
+        "Number of harmful samples the defense simulates with", "harmful_samples", _harmful_samples
+    ),
+    "combinations": Experiment("Combinations of defenses", "p", _combinations),
+    "qualitative": Experiment("Answers side by side", "p", _qualitative),
+    "control": Experiment(
+        "Random perturbation of equal length",
+        "p",
+        _control,
+        "A random direction says how much of the defense is the direction's.",
+    ),
+    "rank": Experiment("LoRA rank r", "lora_r", _of_settings("lora_r", (4, 16, 64))),
+    "trained": Experiment(
+        "LoRA against all weights", "trained", _of_settings("trained", ("lora", "full"))
+    ),
+    "align-steps": Experiment(
+        "Alignment steps", "align_steps", _of_settings("align_steps", (250, 500, 1000, 2000))
+    ),
+    "attack-lr": Experiment(
+        "Learning rate of the user's fine-tuning",
+        "fine_tune_lr",
+        _of_settings("fine_tune_lr", (5e-6, 1e-5, 1.5e-5, 3e-5, 1e-4)),
+    ),
+    "answer-length": Experiment(
+        "Words of the answers", "answer_words", _of_settings("answer_words", (4, 8, 12, 24))
+    ),
+    "entropy": Experiment(
+        "Likely successors of each word of the answers",
+        "branching",
+        _of_settings("branching", (1, 2, 4, 8)),
+    ),
+    "clipping": Experiment(
+        "Clipping of the combined gradient",
+        "max_grad_norm",
+        _of_settings("max_grad_norm", (0.0, 0.1, 1.0, 10.0)),
+    ),
+    "width": Experiment("Hidden size of the model", "width", _of_settings("width", (64, 128, 256))),
+    "adapters": Experiment(
+        "One LoRA through both stages or two",
+        "adapters",
+        _of_settings("adapters", ("single", "double")),
+    ),
+}
+"""Beside these, ``system`` measures time and memory, and ``pretrain`` only makes the bases."""

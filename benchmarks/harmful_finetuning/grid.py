@@ -1,0 +1,234 @@
+"""A grid of runs: what is finished is kept, what is left is shared among processes.
+
+A run has three stages, each kept under a name that hashes its code, data and settings: the base
+model, the aligned model, and the fine-tuning with its scores. Runs that share a stage share its
+result, so that SFT and Lisa align once and all fractions p attack one aligned model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import Progress
+
+from benchmarks.harmful_finetuning import ROOT, data, methods, metrics, models, training
+from benchmarks.harmful_finetuning.settings import Settings
+from lora_alignment import Report, digest, in_worker, shown_on, start_worker, written_whole
+
+__all__ = ["Cell", "base_folder", "described", "pretrain", "run"]
+
+ALIGNMENT = (
+    *("dtype", "template", "end_token", "max_length", "trained", "align_steps", "align_lr"),
+    *("batch_size", "weight_decay", "max_grad_norm", "optimizer"),
+)
+LORA = ("lora_r", "lora_alpha", "lora_targets")
+"""Settings that, with the samples, the base and the method, decide an aligned model."""
+
+
+class Cell(NamedTuple):
+    """One run: a method, a seed and the settings of both stages."""
+
+    method: str
+    seed: int
+    settings: Settings
+    vary: dict[str, Any]  # what the experiment sweeps beside p, samples, task and architecture
+
+
+def _samples(settings: Settings) -> data.Samples:
+    return _loaded(json.dumps(asdict(settings)))
+
+
+@functools.cache
+def _loaded(settings: str) -> data.Samples:
+    return data.load(Settings(**json.loads(settings)))
+
+
+def _hash(*parts: Any) -> str:
+    library = sorted((ROOT / "torch_booster").glob("*.py"))
+    return digest([path.read_text() for path in library], *parts)
+
+
+def aligned_folder(cell: Cell, cache: Path) -> Path:
+    """Where the cell's aligned model is kept."""
+    names = ALIGNMENT + (LORA if cell.settings.trained == "lora" else ())
+    settings = {name: getattr(cell.settings, name) for name in names}
+    kind = methods.METHODS[cell.method].alignment
+    sources = [inspect.getsource(part) for part in (kind, training.align, training._train)]
+    samples = _samples(cell.settings)
+    given = training.given_to(kind, cell.settings)
+    parts = (models.base_key(cell.settings), settings, samples.alignment, samples.harmful)
+    name = _hash(sources, parts, given, cell.seed)
+    return cache / f"aligned-{kind.__module__.rpartition('.')[2]}-{name}"
+
+
+def _result_file(cell: Cell, cache: Path) -> Path:
+    kind = methods.METHODS[cell.method].fine_tuning
+    parts = (kind, training.fine_tune, training._train, metrics, data)
+    sources = [inspect.getsource(part) for part in parts]
+    given = training.given_to(kind, cell.settings)
+    settings = asdict(cell.settings) | {"hyperparameters": given, "device": ""}
+    aligned = aligned_folder(cell, cache).name
+    single = methods.METHODS[cell.method].single_adapter
+    return cache / f"run-{_hash(sources, aligned, settings, single, cell.seed)}.json"
+
+
+def base_folder(settings: Settings, cache: Path) -> Path:
+    """Where the base model is, or will be."""
+    if settings.model:
+        return Path(settings.model)
+    return cache / f"base-{settings.architecture}-{digest(models.base_key(settings))}"
+
+
+def pretrain(settings: Settings, cache: Path, report: Report) -> None:
+    """Pretrains the base model unless it is there."""
+    folder = base_folder(settings, cache)
+    if not settings.model and not folder.exists():
+        with written_whole(folder) as unfinished:
+            models.pretrain(settings, unfinished, report)
+
+
+def align(cell: Cell, cache: Path, report: Report) -> None:
+    """Aligns the cell's model unless it is there."""
+    folder = aligned_folder(cell, cache)
+    if not folder.exists():
+        samples = _samples(cell.settings)
+        base = base_folder(cell.settings, cache)
+        with written_whole(folder) as unfinished:
+            training.align(cell.settings, samples, base, cell.method, cell.seed, unfinished, report)
+
+
+def fine_tune(cell: Cell, cache: Path, report: Report) -> dict[str, Any]:
+    """The cell's result, fine-tuned unless it is there."""
+    file = _result_file(cell, cache)
+    if not file.exists():
+        samples = _samples(cell.settings)
+        base, aligned = base_folder(cell.settings, cache), aligned_folder(cell, cache)
+        result = training.fine_tune(
+            cell.settings, samples, base, aligned, cell.method, cell.seed, report
+        )
+        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+        unfinished.write_text(json.dumps(described(cell) | result))
+        unfinished.replace(file)
+    return json.loads(file.read_text()) | {"method": cell.method, "vary": cell.vary}
+
+
+def described(cell: Cell) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    method, settings = methods.METHODS[cell.method], cell.settings
+    stages = (method.alignment, method.fine_tuning)
+    return {
+        "method": cell.method,
+        "seed": cell.seed,
+        "p": settings.p,
+        "samples": settings.samples,
+        "task": settings.task,
+        "architecture": settings.model or settings.architecture,
+        "trained": settings.trained,
+        "hyperparameters": {
+            key: value
+            for stage in stages
+            for key, value in (
+                methods.hyperparameters(stage) | training.given_to(stage, settings)
+            ).items()
+        },
+        "settings": asdict(settings),
+        "commit": _commit(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
+        | {"torch_booster": version("torch_booster"), "python": platform.python_version()},
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run(
+    cells: Iterable[Cell], cache: Path, workers: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Runs every cell that is not finished and returns all results in the order of the cells.
+
+    Args:
+        cells: What to run.
+        cache: Folder of finished stages.
+        workers: Processes that share the runs; with 1 everything runs in this process.
+        progress: Shows the whole grid with the time left, and each stage that is running.
+
+    Raises:
+        ValueError: A cell's samples or hyperparameters do not fit; nothing has been run.
+    """
+    cells = list(cells)
+    if not cells:
+        return []
+    aligned: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        aligned.setdefault(aligned_folder(cell, cache), []).append(cell)
+        training.given_to(methods.METHODS[cell.method].fine_tuning, cell.settings)
+    show = shown_on(progress)
+    for settings in {base_folder(c.settings, cache): c.settings for c in cells}.values():
+        pretrain(settings, cache, show)
+    jobs = [(group[0], _distinct(group, cache)) for group in aligned.values()]
+    total = progress.add_task("runs", total=sum(1 + len(group) for _, group in jobs))
+
+    if workers == 1:
+        for first, group in jobs:
+            align(first, cache, show)
+            progress.advance(total)
+            for cell in group:
+                fine_tune(cell, cache, show)
+                progress.advance(total)
+    else:
+        _share(jobs, cache, workers, progress, show, lambda: progress.advance(total))
+    return [fine_tune(cell, cache, show) for cell in cells]
+
+
+def _distinct(cells: list[Cell], cache: Path) -> list[Cell]:
+    return list({_result_file(cell, cache): cell for cell in cells}.values())
+
+
+def _share(
+    jobs: list[tuple[Cell, list[Cell]]],
+    cache: Path,
+    workers: int,
+    progress: Progress,
+    show: Report,
+    advance: Callable[[], None],
+) -> None:
+    """Runs each alignment, and after it the fine-tunings that start from it, in processes."""
+    context = multiprocessing.get_context("spawn")
+    events, stop = context.Queue(), context.Event()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, context, start_worker, (events, stop, threads)) as pool:
+        waiting: dict[Future[Any], list[Cell]] = {}
+        try:
+            for first, group in jobs:
+                waiting[pool.submit(in_worker, align, first, cache)] = group
+            while waiting:
+                finished, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not events.empty():
+                    show(*events.get())
+                for job in finished:
+                    group = waiting.pop(job)
+                    job.result()
+                    advance()
+                    for cell in group:
+                        waiting[pool.submit(in_worker, fine_tune, cell, cache)] = []
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise

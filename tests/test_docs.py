@@ -1,0 +1,320 @@
+"""The documentation: its code runs, its diffs show code that runs, its links and numbers hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Generator, Iterator
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from tests.optimizers import REFUSED, WRAPPABLE
+from torch_booster import Diagnostics
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md"))}
+
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",
+    re.DOTALL | re.MULTILINE,
+)
+# In the form that does not parse as Python, so that no formatter takes it for a comparison.
+SNIPPET = r"^( *)--8<--\n *(\S+)\n *--8<--\n"
+OPTIONAL = ("accelerate", "datasets", "lightning", "peft", "tokenizers", "transformers", "trl")
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The fenced blocks of one kind, snippets written out as the site does it."""
+
+    def snippet(match: re.Match[str]) -> str:
+        return textwrap.indent((ROOT / match[2]).read_text(), match[1])
+
+    text = re.sub(SNIPPET, snippet, page.read_text(), flags=re.MULTILINE)
+    found = [match for match in FENCE.finditer(text) if match["kind"] == kind]
+    return [textwrap.dedent(match["body"]) for match in found]
+
+
+def pages_with(kind: str) -> list[str]:
+    return [name for name, page in PAGES.items() if blocks(page, kind)]
+
+
+def load(name: str) -> ModuleType:
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------------------- code
+
+
+@pytest.fixture
+def _one_loop_at_a_time() -> Generator[None]:
+    """Pages start engines that keep state in the process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if torch.distributed.is_initialized():  # a page that failed on its way
+        torch.distributed.destroy_process_group()
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+# TRL passes a name on that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.usefixtures("_one_loop_at_a_time")
+@pytest.mark.parametrize("name", pages_with("python"))
+def test_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page, one after another, in a namespace and a folder of their own."""
+    code = blocks(PAGES[name], "python")
+    for library in OPTIONAL:
+        if re.search(rf"^(from|import) {library}\b", "\n".join(code), re.MULTILINE):
+            pytest.importorskip(library, reason=f"{library} is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for number, block in enumerate(code, start=1):
+        exec(compile(block, f"{name}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", pages_with("diff"))
+def test_diffs_show_code_that_runs(name: str) -> None:
+    """What a diff leaves stands in the code of the page, line by line; the rest is no Booster."""
+    running = blocks(PAGES[RUNS_ON.get(name, name)], "python")
+    code = [line.strip() for block in running for line in block.splitlines()]
+    code = [line for line in code if line]
+    for diff in blocks(PAGES[name], "diff"):
+        before, after = [], []
+        for line in diff.splitlines():
+            assert line[:2] in {"", "+", "-", "+ ", "- ", "  "}, line
+            text = line[2:].strip()
+            if text and line[0] != "-":
+                after.append(text)
+            if text and line[0] != "+":
+                before.append(text)
+        assert "ooster" not in "".join(before) or name in DIFFS_BETWEEN_BOOSTERS, before
+        assert any(after == code[i : i + len(after)] for i in range(len(code))), after
+
+
+DIFFS_BETWEEN_BOOSTERS = {"loops/ddp.md"}  # one of them turns an option on
+RUNS_ON = {"index.md": "loops/ddp.md"}  # whose loop is the same
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_blocks_say_what_they_are(name: str) -> None:
+    """A fence without a language would escape the tests above."""
+    fences = re.findall(r"^ *```(.*)$", PAGES[name].read_text(), re.MULTILINE)
+    assert {kind.split()[0] for kind in fences[::2]} <= {"python", "diff", "text", "bash"}
+    assert not any(fences[1::2])
+
+
+# ------------------------------------------------------------------------------ links, files
+
+
+def links(name: str) -> Iterator[str]:
+    text = re.sub(FENCE, "", PAGES[name].read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            yield target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_relative_links_resolve(name: str) -> None:
+    for target in links(name):
+        path, _, anchor = target.partition("#")
+        page = (PAGES[name].parent / path).resolve() if path else PAGES[name]
+        assert page.is_file(), target
+        assert page.is_relative_to(DOCS), f"{target} is not part of the site"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w]+", "-", h.lower()).strip("-") for h in headings]
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_named_files_exist(name: str) -> None:
+    """Files of the repository are named as code, not linked."""
+    paths = re.findall(r"`((?:benchmarks|docs|examples|tests|torch_booster)/[^`\s]*)`", text(name))
+    for path in paths:
+        package, _, module = path.partition("/")
+        place = files(package) if package == "torch_booster" else ROOT / package
+        assert (Path(str(place)) / module).exists(), path
+
+
+def text(name: str) -> str:
+    return PAGES[name].read_text()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    configuration = (ROOT / "mkdocs.yml").read_text()
+    nav = configuration[configuration.index("\nnav:") : configuration.index("\nvalidation:")]
+    listed = re.findall(r"([\w/-]+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed) == sorted(PAGES)
+
+
+def test_every_image_is_shown() -> None:
+    shown = {Path(target).name for name in PAGES for target in links(name)}
+    assert {image.name for image in (DOCS / "images").iterdir()} <= shown
+
+
+# -------------------------------------------------------------------------- claims, numbers
+
+
+def table(name: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a line, without its head."""
+    rows = re.findall(r"^\|.*\|$|^$", text(name).split(heading, 1)[1], re.MULTILINE)
+    first = next(i for i, row in enumerate(rows) if row)
+    body: list[list[str]] = []
+    for row in rows[first + 2 :]:
+        if not row:
+            break
+        body.append([cell.strip() for cell in row.strip("|").split(" | ")])
+    return body
+
+
+def test_the_method_quotes_the_source() -> None:
+    source = files("torch_booster").joinpath("optimizer.py").read_text()
+    rows = table("method.md", "## Where it is in the code")
+    assert len(rows) >= 8
+    places = [source.index(line.strip("`")) for _, line in rows]
+    assert places[1:7] == sorted(places[1:7])
+
+
+def test_every_diagnostic_is_explained() -> None:
+    rows = table("method.md", "## Diagnostics")
+    assert tuple(row[0].strip("`") for row in rows) == Diagnostics._fields
+
+
+def test_every_optimizer_of_torch_is_named() -> None:
+    rows = table("loops/optimizers.md", "λ and α live")
+    tested = ", ".join(names for names, verdict in rows if verdict.startswith("tested"))
+    refused = [names for names, verdict in rows if verdict.startswith("refused")]
+    assert sorted(tested.split(", ")) == sorted(WRAPPABLE)
+    assert sorted(refused) == sorted(REFUSED)
+
+
+def record(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_quoted_instability_is_the_recorded_one() -> None:
+    plots = pytest.importorskip("matplotlib", reason="matplotlib is not installed") and load(
+        "plots"
+    )
+    runs = plots.traces(record("demo_lora"))
+    recorded = {row["step"]: row for row in runs[2]}
+    names = ("alignment_loss", "harmful_loss", "harmful_loss_drop", "harmful_grad_norm")
+    rows = table("choosing.md", "**Instability.**")
+    assert [int(row[0]) for row in rows] == [850, 900, 950, 1000]
+    for step, *cells in rows:
+        for cell, key in zip(cells, (*names, "linearity"), strict=True):
+            digits = len(cell.partition(".")[2])
+            assert float(cell.replace("−", "-")) == round(recorded[int(step)][key], digits), cell
+
+    quiet = [runs[0], runs[1], *plots.traces(record("demo_full")).values()]
+    quotients = [row["linearity"] for run in quiet for row in run]
+    assert (round(min(quotients), 2), round(max(quotients), 2)) == (0.79, 1.03)
+    assert "between 0.79 and 1.03" in text("choosing.md")
+
+
+def test_quoted_harmful_losses_are_the_recorded_ones() -> None:
+    rows = table("choosing.md", "## The easy way out")
+    for row, name in zip(rows, ("demo_lora", "demo_full", "stories260k_lora"), strict=True):
+        summary = [entry for entry in record(name)["summary"] if entry["p"] is None]
+        losses = {entry["method"]: f"{entry['harmful_loss']:.2f}" for entry in summary}
+        assert row[1:3] == [losses["sft"], losses["booster"]]
+
+
+def test_images_are_what_the_records_give(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plots = load("plots")
+    plots.main(tmp_path)
+    drawn = {image.name: image.read_bytes() for image in tmp_path.iterdir()}
+    kept = {image.name: image.read_bytes() for image in (DOCS / "images").iterdir()}
+    assert kept.keys() == drawn.keys()
+    if f"matplotlib=={matplotlib.__version__};" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another matplotlib than the pinned one places things differently")
+    assert kept == drawn
+
+
+# ------------------------------------------------------------------------------------- site
+
+
+def test_formulas_become_mathml() -> None:
+    mathml = load("maths").mathml
+    tree = ElementTree.fromstring(mathml(r"w' = w_t - \alpha\,\tfrac{\nabla h}{\lVert w\rVert}"))
+    assert tree.tag == "math"
+    assert "".join(tree.itertext()) == "w′=wt−α∇h‖w‖"
+    assert len(tree.findall(".//mfrac/mrow")) == 2
+    assert [part.tag for part in tree.find(".//msub") or []] == ["mi", "mi"]
+    with pytest.raises(ValueError, match=r"\\sum is not among"):
+        mathml(r"\sum_i")
+    with pytest.raises(ValueError, match="} is missing"):
+        mathml(r"\tfrac{a}{b")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for library in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(library, reason="the docs extra is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_site_builds_without_a_warning(site: Path) -> None:
+    built = {str(page.relative_to(site).with_suffix(".md")) for page in site.rglob("*.html")}
+    assert built == {*PAGES, "404.md"}
+    assert not list(site.rglob("*.py*"))
+
+
+def test_site_fetches_nothing(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        html = page.read_text()
+        assert not re.findall(
+            r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(?:https?:)?//", html
+        )
+
+
+def test_site_shows_formulas_diffs_and_doctests(site: Path) -> None:
+    pages = {str(page.relative_to(site)): page.read_text() for page in site.rglob("*.html")}
+    for name, html in pages.items():
+        assert "arithmatex" not in html, name
+        assert "--8&lt;--" not in html, name
+        assert "&gt;&gt;&gt;" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL), name
+    reference = pages["api/optimizer.html"]
+    assert reference.count("<math ") == 1
+    assert '<span class="gp">&gt;&gt;&gt; </span>' in reference
+    for parameter in ("base_optimizer", "lam", "alpha", "replay_rng", "independent_ranks"):
+        assert f"<code>{parameter}</code>" in reference
+    assert "the quantity that is being regularised" in reference  # fields explained in comments
+    plain = pages["loops/plain.html"]
+    assert '<span class="gi">' in plain
+    assert '<span class="gd">' in plain

@@ -1,0 +1,269 @@
+"""Adapters of PEFT: they alone are perturbed, get the formula's gradient and move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny_llama import (
+    ALIGNMENT,
+    ALPHA,
+    HARMFUL,
+    SEED,
+    assert_close,
+    boosted,
+    check_step,
+    closure,
+    distance,
+    formula,
+    step,
+    tiny_llama,
+    trainable,
+)
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+pytestmark = [
+    # peft asks models for a property that transformers has renamed.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+ADAPTERS: dict[str, Any] = {
+    "lora": peft.LoraConfig(r=4, target_modules=TARGETS),
+    "rslora": peft.LoraConfig(r=4, target_modules=TARGETS, use_rslora=True),
+    "dora": peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "ia3": peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "prompt_tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "lora_on_embedding": peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "modules_to_save": peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"]),
+}
+MERGEABLE = [name for name in ADAPTERS if name != "prompt_tuning"]
+
+
+def adapted(name: str = "lora") -> Any:
+    torch.manual_seed(1)
+    return peft.get_peft_model(tiny_llama(), ADAPTERS[name]).train()
+
+
+def random_lora(**changes: Any) -> Any:
+    """LoRA whose B is not zero, as it is after some training."""
+    return peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **changes)
+
+
+def snapshot(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in params.items()}
+
+
+def moved(params: dict[str, Tensor], before: dict[str, Tensor]) -> set[str]:
+    return {n for n, p in params.items() if not torch.equal(p, before[n])}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    model.eval()
+    result = model(input_ids=HARMFUL).logits
+    model.train()
+    return result
+
+
+# ---------------------------------------------------------------------- the formula
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_gradient_is_the_formulas(name: str) -> None:
+    model = adapted(name)
+    optimizer = boosted(trainable(model).values())
+    everything = dict(model.named_parameters())
+    before = snapshot(everything)
+    for _ in range(2):
+        check_step(model, optimizer)
+
+    wanted = formula(model)
+    torch.manual_seed(SEED)
+    optimizer.zero_grad()
+    optimizer.step(closure(model, ALIGNMENT), closure(model, HARMFUL))
+    assert_close({n: p.grad for n, p in trainable(model).items()}, wanted)
+    assert moved(everything, before) == trainable(model).keys()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_perturbation_reaches_the_adapter_alone(name: str) -> None:
+    model = adapted(name)
+    everything = dict(model.named_parameters())
+    optimizer = boosted(everything.values())  # the frozen base among them
+    step(model, optimizer)  # LoRA's A has no gradient before B has moved
+    seen: list[dict[str, Tensor]] = []
+
+    def harmful() -> Tensor:
+        seen.append(snapshot(everything))
+        return closure(model, HARMFUL)()
+
+    before = snapshot(everything)
+    optimizer.zero_grad()
+    optimizer.regularize(harmful)
+    at_w, at_w_prime = seen
+    assert moved(at_w, before) == set()
+    assert moved(at_w_prime, before) == trainable(model).keys()
+    assert moved(everything, before) == set()
+    length = sum(float((at_w_prime[n] - w).square().sum()) for n, w in before.items()) ** 0.5
+    assert length == pytest.approx(ALPHA, rel=1e-4)
+
+
+def test_bfloat16_base_rounds_nothing_away() -> None:
+    """The advice of the rounding warning: PEFT keeps adapters in float32, so there is none."""
+    model = peft.get_peft_model(tiny_llama().bfloat16(), random_lora()).train()
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    optimizer = boosted(trainable(model).values())
+    step(model, optimizer)
+    assert optimizer.diagnostics is not None
+    assert optimizer.diagnostics.perturbation_norm.item() == pytest.approx(ALPHA, rel=1e-4)
+
+
+# ---------------------------------------------------------------------- dropout
+
+
+def dropout_model() -> Any:
+    return peft.get_peft_model(tiny_llama(), random_lora(lora_dropout=0.3)).train()
+
+
+def test_formula_under_lora_dropout() -> None:
+    model = dropout_model()
+    optimizer = boosted(trainable(model).values())
+    for _ in range(2):
+        check_step(model, optimizer)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_no_perturbation_leaves_nothing_but_mask_noise(replay: bool) -> None:
+    """At α = 0 the two harmful passes differ by their masks alone: not at all when replayed."""
+    model = dropout_model()
+    optimizer = boosted(trainable(model).values(), replay_rng=replay)
+    optimizer.alpha = 0.0
+    optimizer.regularize(closure(model, HARMFUL))
+    regularizer = torch.cat([p.grad.flatten() for p in trainable(model).values()])
+    assert optimizer.diagnostics is not None
+    assert (optimizer.diagnostics.harmful_loss_drop.item() == 0) == replay
+    assert (regularizer.abs().max().item() == 0) == replay
+
+
+# ---------------------------------------------------------------------- several adapters
+
+
+def two_adapters() -> Any:
+    torch.manual_seed(1)
+    model = peft.get_peft_model(tiny_llama(), random_lora(), adapter_name="first")
+    model.add_adapter("second", random_lora())
+    return model.train()
+
+
+def of(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    return {n: p for n, p in model.named_parameters() if f".{adapter}." in n}
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "unreached"])
+def test_only_the_active_adapter_takes_part(frozen: bool) -> None:
+    """The optimizer holds both; its decay and its momentum keep off the one that waits.
+
+    PEFT freezes it. Where it is unfrozen by hand, the loss does not reach it.
+    """
+    model, twin = two_adapters(), two_adapters()
+    first, second = of(model, "first"), of(model, "second")
+    optimizer = boosted([*first.values(), *second.values()])
+    plain = torch.optim.AdamW(
+        [*of(twin, "first").values(), *of(twin, "second").values()], lr=1e-2, weight_decay=0.1
+    )
+    for active, waiting in [(first, second), (first, second), (second, first), (first, second)]:
+        for m in (model, twin):
+            m.set_adapter("first" if active is first else "second")
+            if not frozen:
+                m.requires_grad_(False)
+                for p in (*of(m, "first").values(), *of(m, "second").values()):
+                    p.requires_grad_()
+        before = snapshot(waiting)
+        grads = check_step(model, optimizer)
+        assert {n for n, g in grads.items() if g is not None} == active.keys()
+        assert all(p.grad is None for p in waiting.values())
+        assert moved(waiting, before) == set()
+
+        # The bare optimizer, given these gradients, does the same bit for bit.
+        for n, p in twin.named_parameters():
+            p.grad = grads.get(n)
+        plain.step()
+        both = dict(twin.named_parameters())
+        assert all(torch.equal(p, both[n]) for n, p in model.named_parameters())
+    assert {float(s["step"]) for s in optimizer.state.values()} == {3.0, 1.0}
+
+
+def test_waiting_adapter_with_zeroed_gradients_decays_as_without_booster() -> None:
+    """With `zero_grad(set_to_none=False)` AdamW moves it, Booster or not; that is torch's rule."""
+    model, twin = two_adapters(), two_adapters()
+    optimizer = boosted([*of(model, "first").values(), *of(model, "second").values()])
+    plain = torch.optim.AdamW(
+        [*of(twin, "first").values(), *of(twin, "second").values()], lr=1e-2, weight_decay=0.1
+    )
+    for active in ("first", "second"):
+        model.set_adapter(active)
+        optimizer.zero_grad(set_to_none=False)
+        before = snapshot(of(model, "first"))
+        optimizer.step(closure(model, ALIGNMENT), closure(model, HARMFUL))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        plain.step()
+        both = dict(twin.named_parameters())
+        assert all(torch.equal(p, both[n]) for n, p in model.named_parameters())
+        assert moved(of(model, "first"), before) == of(model, "first").keys()
+
+
+def test_two_active_adapters() -> None:
+    model = two_adapters()
+    model.base_model.set_adapter(["first", "second"])
+    optimizer = boosted(trainable(model).values())
+    grads = check_step(model, optimizer)
+    assert grads.keys() == of(model, "first").keys() | of(model, "second").keys()
+    assert all(g is not None for g in grads.values())
+
+
+# ---------------------------------------------------------------------- merge, save, load
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_merging_after_training(name: str) -> None:
+    model = adapted(name)
+    untrained = logits(model)
+    optimizer = boosted(trainable(model).values())
+    for _ in range(3):
+        step(model, optimizer)
+    trained = logits(model)
+    merged = model.merge_and_unload()
+    assert not any("lora_" in n or "ia3_" in n for n, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged), trained, rtol=0, atol=1e-5)
+    assert (trained - untrained).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_training_goes_on_from_a_saved_adapter(tmp_path: Path, name: str) -> None:
+    model = adapted(name)
+    optimizer = boosted(trainable(model).values())
+    for _ in range(2):
+        step(model, optimizer)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+
+    loaded = peft.PeftModel.from_pretrained(
+        tiny_llama(), tmp_path, is_trainable=name in MERGEABLE
+    ).train()
+    for n in trainable(model):  # PEFT loads virtual tokens frozen and refuses to do otherwise
+        loaded.get_parameter(n).requires_grad_()
+    assert torch.equal(logits(loaded), logits(model))
+    resumed = boosted(trainable(loaded).values())
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    for _ in range(2):
+        unbroken, again = step(model, optimizer), step(loaded, resumed)
+        assert unbroken.keys() == again.keys()
+        assert distance(unbroken, again) == 0
+    assert torch.equal(logits(loaded), logits(model))
