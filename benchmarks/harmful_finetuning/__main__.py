@@ -179,7 +179,6 @@ def _report(output: Path, console: Console) -> int:
             text = report.qualitative(result)
         else:
             text = report.markdown(result)
-            report.plots(result, output)
         (output / f"{result['experiment']}-{result['cells'][0]['trained']}.md").write_text(text)
     (output / "targets.md").write_text(report.targets(results))
     console.print(f"tables, plots and report: {report.html(results, output)}")

@@ -177,7 +177,7 @@ _TEMPLATED: dict[str, Any] = {
     "fine_tune_lr": 4e-5,
     "fine_tune_steps": 600,
     "eval_samples": 100,
-    "eval_every": 50,
+    "eval_every": 100,
     "max_new_tokens": 13,
 }
 
@@ -221,5 +221,26 @@ FULL: dict[str, dict[str, Any]] = {
 }
 """What a preset changes where all weights are trained."""
 
-TUNED: dict[tuple[str, str], list[str]] = {}
-"""Hyperparameters chosen on the validation split, by preset and by what is trained."""
+TUNED: dict[tuple[str, str], list[str]] = {
+    ("small", "full"): [
+        "lisa.rho=1",
+        "lisa.alignment_steps=100",
+        "lisa.user_steps=900",
+        "repnoise.alpha=0.1",
+        "repnoise.beta=0.1",
+        "vaccine.rho=10",
+        "booster.lam=1",
+        "booster.alpha=0.1",
+        "booster_vaccine.lam=1",
+        "booster_vaccine.alpha=0.1",
+        "booster_vaccine.rho=10",
+    ],
+}
+"""Hyperparameters chosen on the validation split, by preset and by what is trained.
+
+By ``tuning.py``, four settings of each method on seeds 100 and 101; all scores are in
+``benchmarks/results/harmful_finetuning/``. The combinations take the values of their parts. Before
+that the learning rate of the attack was fixed on SFT alone, seed 100: with all weights its harmful
+score at p = 0.1 and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0
+and 46 for 3e-5, 86 and 99 for 5e-5, of which 4e-5 is between.
+"""
