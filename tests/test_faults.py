@@ -334,8 +334,9 @@ def test_arithmetic_on_several_devices_without_reading_back() -> None:
         ]
         weights = [p.clone() for p in params]
         grads = [torch.randn_like(p) for p in params]
-        norm = global_norm(functional.norms(grads), params)
-        moved = functional.perturb_(params, weights, grads, [0.1, 0.1, 0.2], norm, 1e-7)
+        lengths = functional.norms(grads)
+        norm = global_norm(lengths, params)
+        moved = functional.perturb_(params, weights, grads, lengths, [0.1, 0.1, 0.2], norm, 1e-7)
         assert [m.device for m in moved] == [p.device for p in params]
         functional.scale_(grads, [1.0, 2.0, 3.0])
         functional.add_(grads, weights)

@@ -8,8 +8,7 @@ draw dropout masks, or raise. `HarmfulPasses` runs the harmful closure twice and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack
 from numbers import Real
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch_booster.distributed import (
     version,
 )
 from torch_booster.engine import undivided
-from torch_booster.functional import add_
+from torch_booster.functional import add_, negate_, restore_, zero_
 
 __all__ = ["Closure", "GradWatch", "HarmfulPasses", "run", "summed"]
 
@@ -48,23 +47,23 @@ def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float
     before = [_state(p) for p in params]
     with torch.enable_grad():
         loss = closure()
-    touched = False
-    for param, (grad, changes) in zip(params, before, strict=True):
-        if param.grad is None:
-            continue
-        if param.grad.layout is not torch.strided:
+    _insist_on_gradients(name, params, any(map(_changed_since, params, before)))
+    return loss
+
+
+def _insist_on_gradients(name: str, params: Sequence[Tensor], made: bool) -> None:
+    for param in params:
+        if param.grad is not None and param.grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{name} made a gradient of layout {param.grad.layout}, but Booster's arithmetic "
                 "is dense. Build the embedding with sparse=False."
             )
-        touched = touched or param.grad is not grad or version(param.grad) != changes
-    if not touched:
+    if not made:
         raise RuntimeError(
             f"{name} made no gradients: no parameter of the optimizer has a new .grad. Call "
             "loss.backward() in the closure, on a loss that depends on these parameters, and let "
             "FSDP2 reduce: not under set_requires_gradient_sync(False)."
         )
-    return loss
 
 
 def summed(
@@ -102,40 +101,53 @@ class GradWatch:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
-        self._last = [_state(p) for p in params]  # after the last accumulation
-        self._accumulated: set[int] = set()
-        self._disturbed: set[int] = set()
-        self.zeroed: set[int] = set()  # indices whose .grad was gone when the first gradient came
+        self._index = {id(p): index for index, p in enumerate(params)}
 
     def __enter__(self) -> GradWatch:
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._after_accumulation, i))
-            for i, p in enumerate(self._params)
-        ]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in self._params]
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self.stop()
 
-    def _after_accumulation(self, index: int, param: Tensor) -> None:
-        (grad, changes), (last_grad, last_changes) = _state(param), self._last[index]
+    def start(self) -> None:
+        """Begins anew: what was seen before is forgotten."""
+        self._last = [_state(p) for p in self._params]  # after the last accumulation
+        self._accumulated: set[int] = set()
+        self._disturbed: set[int] = set()
+        self._changed: set[int] = set()
+        self.zeroed: set[int] = set()  # indices whose .grad was gone when the first gradient came
+
+    def stop(self) -> None:
+        """Looks for what became of the gradients after the last accumulation."""
+        self._changed = {
+            index
+            for index, (param, last) in enumerate(zip(self._params, self._last, strict=True))
+            if _changed_since(param, last)
+        }
+
+    def _note(self, param: Tensor) -> None:
+        """Runs after each accumulation of autograd into one parameter's gradient."""
+        index = self._index[id(param)]
+        last_grad, last_changes = self._last[index]
+        self._last[index] = grad, changes = _state(param)
         if grad is not last_grad or changes != last_changes + 1:
             (self._disturbed if index in self._accumulated else self.zeroed).add(index)
         self._accumulated.add(index)
-        self._last[index] = grad, changes
-
-    def _changed(self, index: int) -> bool:
-        (grad, changes), (last_grad, last_changes) = _state(self._params[index]), self._last[index]
-        return grad is not last_grad or changes != last_changes
 
     def _edited(self) -> bool:
-        return bool(self._disturbed) or any(map(self._changed, self._accumulated))
+        return bool(self._disturbed or self._changed & self._accumulated)
+
+    def touched(self) -> bool:
+        """Whether any gradient is new or has changed."""
+        return bool(self._accumulated or self._changed)
 
     def only_accumulated(self) -> bool:
         """Whether every `.grad` is the tensor it was, changed by accumulation alone."""
-        untouched = not any(map(self._changed, range(len(self._params))))
-        return untouched and not self._disturbed and not self.zeroed
+        return not (self._changed or self._disturbed or self.zeroed)
 
     def left_as_accumulated(self) -> bool:
         """Whether gradients are as autograd made them: nobody has averaged them, for one."""
@@ -152,7 +164,7 @@ class GradWatch:
         edits = bool(self.zeroed) or self._edited()
         return [
             index in self._accumulated
-            or (not edits and self._changed(index))
+            or (not edits and index in self._changed)
             or (p.grad is not self._last[index][0] and not several_processes())
             for index, p in enumerate(self._params)
         ]
@@ -195,12 +207,17 @@ class HarmfulPasses:
         self._kept: list[Tensor | None] = [None] * len(params)
         self._accumulates = False
         self._negative: list[Tensor | None] = []
+        self._watched = ExitStack()
+        self._watch: GradWatch | None = None
 
     def __enter__(self) -> HarmfulPasses:
-        self._kept = [None if p.grad is None else p.grad.clone() for p in self._params]
+        present = [p.grad for p in self._params if p.grad is not None]
+        kept = iter(_copies(present))
+        self._kept = [None if p.grad is None else next(kept) for p in self._params]
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._unwatch()
         for param, kept in zip(self._params, self._kept, strict=True):
             param.grad = kept
         self._buffers.restore()
@@ -212,10 +229,12 @@ class HarmfulPasses:
         Returns:
             h(w), and −∇h(w) with None for parameters that the closure does not reach.
         """
-        for param in self._params:
-            param.grad = torch.zeros_like(param)  # something that zero_grad would have to touch
-        with GradWatch(self._params) as watch:
-            loss = self._run()
+        for param, zero in zip(self._params, _zeros(self._params), strict=True):
+            param.grad = zero  # something that zero_grad would have to touch
+        watch = self._watched.enter_context(GradWatch(self._params))
+        loss = self._run()
+        watch.stop()
+        _insist_on_gradients("harmful_closure", self._params, watch.touched())
         self._accumulates = watch.only_accumulated()
         if (
             watch.left_as_accumulated()
@@ -232,14 +251,16 @@ class HarmfulPasses:
             for index in watch.zeroed:
                 self._kept[index] = None
         grads = [p.grad if r else None for p, r in zip(self._params, watch.reached(), strict=True)]
-        del watch  # and with it the zeros, where the closure has dropped them
+        self._watch = watch
         if not self._accumulates:
-            grads = [
-                None if g is None else placed_like(g, p).clone()
-                for g, p in zip(grads, self._params, strict=True)
-            ]
+            self._unwatch()  # and so let go of the zeros, where the closure has dropped them
+            del watch
+            pairs = zip(grads, self._params, strict=True)
+            placed = [None if g is None else placed_like(g, p) for g, p in pairs]
+            copied = iter(_copies([g for g in placed if g is not None]))
+            grads = [None if g is None else next(copied) for g in placed]
             self._clear()
-        torch._foreach_neg_([local(g) for g in grads if g is not None])
+        negate_([local(g) for g in grads if g is not None])
         self._negative = grads
         return loss, grads
 
@@ -258,6 +279,8 @@ class HarmfulPasses:
 
     def _second_beside_first(self) -> tuple[Tensor, list[Tensor | None]]:
         loss = self._run()
+        made = any(p.grad is not None for p in self._params)
+        _insist_on_gradients("harmful_closure", self._params, made)
         grads = [
             p.grad.clone() if negative is None and p.grad is not None else p.grad
             for negative, p in zip(self._negative, self._params, strict=True)
@@ -265,8 +288,12 @@ class HarmfulPasses:
         return loss, summed(self._negative, grads, self._params)
 
     def _second_onto_first(self) -> tuple[Tensor, list[Tensor | None]]:
-        with GradWatch(self._params) as watch:
-            loss = self._run()
+        assert self._watch is not None
+        watch = self._watch
+        watch.start()
+        loss = self._run()
+        watch.stop()
+        _insist_on_gradients("harmful_closure", self._params, watch.touched())
         if not watch.only_accumulated():
             raise RuntimeError(
                 "harmful_closure zeroed or edited .grad on its second call, though it only "
@@ -285,8 +312,8 @@ class HarmfulPasses:
     def _run(self) -> Tensor:
         # The cache would serve casts of the weights as they were before the last change.
         torch.clear_autocast_cache()
-        with undivided():
-            loss = run(self._closure, "harmful_closure", self._params)
+        with undivided(), torch.enable_grad():
+            loss = self._closure()
         if not isinstance(loss, Tensor):
             return _loss_from_number(loss)
         if loss.numel() != 1:
@@ -295,6 +322,10 @@ class HarmfulPasses:
                 f"{tuple(loss.shape)}. Return loss.mean() or loss.sum()."
             )
         return loss.detach().clone().reshape(())
+
+    def _unwatch(self) -> None:
+        self._watched.close()
+        self._watch = None
 
     def _clear(self) -> None:
         for param in self._params:
@@ -341,8 +372,26 @@ class _Buffers:
             owner[name] = buffer
 
 
+def _zeros(params: Sequence[Tensor]) -> list[Tensor]:
+    made = [torch.empty_like(p, requires_grad=False) for p in params]
+    zero_([local(m) for m in made])
+    return made
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    made = [torch.empty_like(t) for t in tensors]
+    restore_([local(m) for m in made], [local(t) for t in tensors])
+    return made
+
+
+def _changed_since(param: Tensor, state: tuple[Tensor | None, int]) -> bool:
+    grad, changes = state
+    return param.grad is not grad or (grad is not None and version(grad) != changes)
+
+
 def _state(param: Tensor) -> tuple[Tensor | None, int]:
-    return param.grad, -1 if param.grad is None else version(param.grad)
+    grad = param.grad
+    return grad, -1 if grad is None else version(grad)
 
 
 def _loss_from_number(loss: Any) -> Tensor:

@@ -25,12 +25,16 @@ __all__ = [
 def local(tensor: Tensor) -> Tensor:
     """This rank's dense, real view of a tensor: the shard of a DTensor, re and im of a complex one.
 
+    A plain real tensor is its own view; write to it under `no_grad`.
+
     Args:
         tensor: Parameter or gradient of any kind.
 
     Returns:
         A plain tensor on the same storage.
     """
+    if _is_plain(tensor):
+        return tensor if not tensor.is_complex() else torch.view_as_real(tensor.detach())
     if _is_dtensor(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     tensor = tensor.detach()
@@ -64,7 +68,9 @@ def version(grad: Tensor) -> int:
     Returns:
         A number that grows by at least one with each change.
     """
-    return grad._version + (grad.to_local()._version if _is_dtensor(grad) else 0)  # type: ignore[attr-defined]
+    if _is_dtensor(grad):
+        return grad._version + grad.to_local()._version  # type: ignore[attr-defined]
+    return grad._version
 
 
 def gradients_stay_local(params: Sequence[Tensor]) -> bool:
@@ -113,7 +119,8 @@ def global_norm(
     flat_shards = _flat_shard_groups(params, module)
     shares: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for norm, param in zip(norms, params, strict=True):
-        shares[flat_shards.get(param, _mesh_groups(param))].append(norm)
+        groups = flat_shards.get(param) if flat_shards else None
+        shares[_mesh_groups(param) if groups is None else groups].append(norm)
     totals = [_over_ranks(root_sum_square(share), groups) for groups, share in shares.items()]
     return root_sum_square(totals)
 
@@ -160,7 +167,11 @@ def _flat_shard_groups(
     return groups
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
 def _is_dtensor(tensor: Tensor) -> bool:
     # Where nobody has imported DTensor there are none, and the import would cost time.
-    module = sys.modules.get("torch.distributed.tensor")
+    module = None if _is_plain(tensor) else sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -7,15 +7,52 @@ sorted into multi-tensor calls of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-__all__ = ["add_", "moved_fraction", "norms", "perturb_", "restore_", "root_sum_square", "scale_"]
+__all__ = [
+    "add_",
+    "copies",
+    "moved_fraction",
+    "negate_",
+    "norms",
+    "perturb_",
+    "restore_",
+    "root_sum_square",
+    "scale_",
+    "zero_",
+]
 
-Kind = TypeVar("Kind", bound=Hashable)
+CACHED = 2**18
+"""Elements that a CPU works on at a time, so that chains of operations find them in its cache."""
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each tensor.
+
+    Example:
+        >>> copies([torch.ones(2)])
+        [tensor([1., 1.])]
+    """
+    made = [torch.empty_like(t, requires_grad=False) for t in tensors]
+    restore_(made, tensors)
+    return made
+
+
+def zero_(tensors: Sequence[Tensor]) -> None:
+    """Sets each tensor to zero."""
+    for _, (alike,) in _alike(tensors):
+        torch._foreach_zero_(alike)
+
+
+def negate_(tensors: Sequence[Tensor]) -> None:
+    """Changes the sign of each tensor."""
+    for _, (alike,) in _alike(tensors):
+        torch._foreach_neg_(alike)
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -31,12 +68,10 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         >>> norms([torch.ones(4, dtype=torch.bfloat16), torch.zeros(0)])
         [tensor(2.), tensor(0.)]
     """
-    result: list[Tensor] = list(tensors)
-    for (_, dtype), indices in _grouped((t.device, t.dtype) for t in tensors).items():
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        values = torch._foreach_norm([tensors[i] for i in indices], 2, wide)
-        for index, value in zip(indices, values, strict=True):
-            result[index] = value
+    result = list(tensors)
+    for indices, (alike,) in _alike(tensors):
+        wide = torch.float64 if alike[0].dtype is torch.float64 else torch.float32
+        _put(result, indices, torch._foreach_norm(alike, 2, wide))
     return result
 
 
@@ -55,15 +90,17 @@ def root_sum_square(values: Sequence[Tensor]) -> Tensor:
     """
     if not values:
         return torch.zeros(())
-    widest = max((v.dtype for v in values), key=lambda dtype: dtype.itemsize)
-    gathered = [v.to(values[0].device, widest, non_blocking=True) for v in values]
-    return torch.linalg.vector_norm(torch.stack(gathered))
+    stacked = [torch.stack(alike) for _, (alike,) in _alike(values)]
+    widest = max((v.dtype for v in stacked), key=lambda dtype: dtype.itemsize)
+    gathered = [v.to(values[0].device, widest, non_blocking=True) for v in stacked]
+    return torch.linalg.vector_norm(torch.cat(gathered))
 
 
 def perturb_(
     params: Sequence[Tensor],
     weights: Sequence[Tensor],
     direction: Sequence[Tensor],
+    lengths: Sequence[Tensor],
     alphas: Sequence[float],
     norm: Tensor,
     eps: float,
@@ -78,48 +115,47 @@ def perturb_(
         params: Live weights, at w.
         weights: Copies of w, aligned with `params`.
         direction: −∇h(w), aligned with `params`.
+        lengths: The norm of each tensor of `direction`.
         alphas: α of each tensor.
         norm: ‖∇h(w)‖ over *all* trainable parameters, 0-dimensional, on any device.
         eps: ε ≥ 0. A zero norm leaves the weights where they are, whatever ε.
 
     Returns:
-        The norm of w′ − w of each tensor, as it came out after rounding.
+        The norm of w′ − w of each tensor: as it came out after rounding where the weights are
+        narrower than 32 bits, as it was meant where they are not.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0])
-        >>> perturb_([w], [w.clone()], [-torch.tensor([3.0, 4.0])], [0.5], torch.tensor(5.0), 0.0)
+        >>> minus_g, n = -torch.tensor([3.0, 4.0]), torch.tensor(5.0)
+        >>> perturb_([w], [w.clone()], [minus_g], [n], [0.5], n, eps=0.0)
         [tensor(0.5000)]
         >>> w
         tensor([0.7000, 1.6000])
 
     Source: Huang et al., ICLR 2025, Algorithm 1.
     """
-    reached: list[Tensor] = list(params)
-    kinds = ((p.device, p.dtype, alpha) for p, alpha in zip(params, alphas, strict=True))
-    for (device, dtype, alpha), indices in _grouped(kinds).items():
-        live = [params[i] for i in indices]
-        w = [weights[i] for i in indices]
-        towards = [direction[i] for i in indices]
-        n = norm.to(device, non_blocking=True)
-        scale = torch.where(n > 0, alpha / (n + eps), 0.0)
-
-        if dtype.itemsize < 4:
-            scale = scale.float().reshape(1)  # having a dimension, it widens the product
-            lengths: list[Tensor] = []
-            for p, w_i, towards_i in zip(live, w, towards, strict=True):
-                p.copy_(torch.addcmul(w_i, towards_i, scale).view_as(p))
-                lengths.append(torch.linalg.vector_norm(p.float().sub_(w_i)))
-        else:
-            torch._foreach_copy_(live, towards)
-            torch._foreach_mul_(live, scale.to(dtype))
-            torch._foreach_add_(live, w)
-            torch._foreach_sub_(live, w)  # w′ − w as rounded, in place so that it costs no memory
-            lengths = norms(live)
-            torch._foreach_add_(live, w)
-
-        for index, length in zip(indices, lengths, strict=True):
-            reached[index] = length
+    reached = list(lengths)
+    for indices, (live, w, towards) in _alike(params, weights, direction, by=alphas):
+        n = norm.to(live[0].device, non_blocking=True)
+        scale = torch.where(n > 0, alphas[indices[0]] / (n + eps), 0.0)
+        if live[0].dtype.itemsize < 4:
+            together = zip(live, w, towards, strict=True)
+            _put(reached, indices, [_perturb_narrow_(*tensors, scale) for tensors in together])
+            continue
+        scale = scale.to(live[0].dtype)
+        for part in _cached(live):
+            torch._foreach_copy_(live[part], towards[part])
+            torch._foreach_mul_(live[part], scale)
+            torch._foreach_add_(live[part], w[part])
+        _put(reached, indices, torch._foreach_mul([lengths[i] for i in indices], scale))
     return reached
+
+
+def _perturb_narrow_(live: Tensor, w: Tensor, towards: Tensor, scale: Tensor) -> Tensor:
+    """The same for one tensor narrower than 32 bits: computed in float32, rounded once."""
+    wide = scale.float().reshape(1)  # having a dimension, it widens the product
+    live.copy_(torch.addcmul(w, towards, wide).view_as(live))
+    return torch.linalg.vector_norm(live.float().sub_(w))
 
 
 def restore_(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -129,7 +165,8 @@ def restore_(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         params: Live weights.
         weights: Copies made before the perturbation, aligned with `params`.
     """
-    torch._foreach_copy_(list(params), list(weights))
+    for _, (live, w) in _alike(params, weights):
+        torch._foreach_copy_(live, w)
 
 
 def scale_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
@@ -139,8 +176,8 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
         tensors: Dense tensors of any device and dtype.
         factors: One finite number for each.
     """
-    for indices in _grouped((t.device, t.dtype) for t in tensors).values():
-        torch._foreach_mul_([tensors[i] for i in indices], [factors[i] for i in indices])
+    for indices, (alike,) in _alike(tensors, by=factors):
+        torch._foreach_mul_(alike, factors[indices[0]])
 
 
 def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
@@ -150,8 +187,8 @@ def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         tensors: Dense tensors of any device and dtype.
         others: Tensors of the same shapes, devices and dtypes.
     """
-    for indices in _grouped((t.device, t.dtype) for t in tensors).values():
-        torch._foreach_add_([tensors[i] for i in indices], [others[i] for i in indices])
+    for _, (into, added) in _alike(tensors, others):
+        torch._foreach_add_(into, added)
 
 
 def moved_fraction(
@@ -180,8 +217,34 @@ def moved_fraction(
     return (moved / wanted, narrow) if narrow is not None and wanted else None
 
 
-def _grouped(kinds: Iterable[Kind]) -> dict[Kind, list[int]]:
-    indices: dict[Kind, list[int]] = {}
-    for index, kind in enumerate(kinds):
-        indices.setdefault(kind, []).append(index)
-    return indices
+def _alike(
+    *lists: Sequence[Tensor], by: Sequence[float] | None = None
+) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+    """Aligned tensors sorted into those of one device, dtype and number, with their indices."""
+    whole = range(len(lists[0]))
+    if not whole:
+        return
+    numbers = dict.fromkeys(by or [0.0])
+    for number in numbers:
+        chosen = whole if by is None or len(numbers) == 1 else [i for i in whole if by[i] == number]
+        parts = [[tensors[i] for i in chosen] for tensors in lists]
+        sorted_: Any = _group_tensors_by_device_and_dtype(parts, True)  # pyright: ignore[reportArgumentType]
+        for group, indices in sorted_.values():
+            yield [chosen[i] for i in indices], group
+
+
+def _cached(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of a list of tensors that fit a CPU's cache; an accelerator takes all at once."""
+    start = size = 0
+    for end, tensor in enumerate(tensors):
+        size += tensor.numel()
+        if size > CACHED and tensor.device.type == "cpu":
+            yield slice(start, end + 1)
+            start, size = end + 1, 0
+    if start < len(tensors):
+        yield slice(start, len(tensors))
+
+
+def _put(into: list[Tensor], indices: Sequence[int], values: Sequence[Tensor]) -> None:
+    for index, value in zip(indices, values, strict=True):
+        into[index] = value

@@ -35,7 +35,7 @@ from torch_booster.engine import (
     refuse_unservable,
     take_both_closures,
 )
-from torch_booster.functional import moved_fraction, norms, perturb_, restore_, scale_
+from torch_booster.functional import copies, moved_fraction, norms, perturb_, restore_, scale_
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
 
@@ -54,7 +54,7 @@ class Diagnostics(NamedTuple):
     perturbed_harmful_loss: Tensor  # h(w′)
     harmful_loss_drop: Tensor  # h(w) − h(w′), the quantity that is being regularised
     harmful_grad_norm: Tensor  # ‖∇h(w)‖ over all trainable parameters
-    perturbation_norm: Tensor  # ‖w′ − w‖ after rounding, α where nothing is rounded away
+    perturbation_norm: Tensor  # ‖w′ − w‖, measured in weights narrower than 32 bits, else ≈ α
 
 
 # NOTE: `state`, `param_groups` and `defaults` are the base optimizer's own objects, so schedulers,
@@ -298,12 +298,13 @@ class BoosterOptimizer(Optimizer):
             reached = [p for p, g in zip(params, minus_g, strict=True) if g is not None]
             direction = [local(g) for g in minus_g if g is not None]
             alphas = [groups[p][ALPHA] for p in reached]
-            n = global_norm(norms(direction), reached, self.module)  # ‖∇h(w)‖
+            lengths = norms(direction)
+            n = global_norm(lengths, reached, self.module)  # ‖∇h(w)‖
 
             live = [local(p) for p in reached]
-            w = [p.clone() for p in live]
+            w = copies(live)
             try:  # w′ = w − α·∇h(w)/(‖∇h(w)‖ + ε)
-                moved = perturb_(live, w, direction, alphas, n, self.eps)
+                moved = perturb_(live, w, direction, lengths, alphas, n, self.eps)
                 self._warn_if_rounded_away(live, w, direction)
                 h_prime, minus_difference = harmful.second()  # h(w′), ∇h(w′) − ∇h(w)
             finally:
