@@ -374,6 +374,7 @@ def test_an_experiment_from_the_command_line(cache: Path, tmp_path: Path) -> Non
     argv += ["--methods", "sft", "booster", "--output", str(tmp_path), "--cache", str(cache)]
     assert __main__.main(argv) == 0
     result = json.loads((tmp_path / "harmful-ratio-lora.json").read_text())
+    assert result["command"].endswith("--workers 1 --methods sft booster")
     assert [(c["method"], c["p"]) for c in result["cells"]] == [
         (method, p) for p in (0.0, 0.2) for method in ("sft", "booster")
     ]

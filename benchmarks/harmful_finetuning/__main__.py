@@ -158,7 +158,9 @@ def _write(
         "axis": experiment.axis if experiment else "method",
         "note": experiment.note if experiment else "",
         "preset": options.preset,
-        "command": shlex.join(["python", "-m", "benchmarks.harmful_finetuning", *argv]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.harmful_finetuning", *_reproducing(argv)]
+        ),
         "cells": cells,
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -168,9 +170,16 @@ def _write(
     unfinished.replace(file)
 
 
+def _reproducing(argv: list[str]) -> list[str]:
+    """The command line without the folders of this machine."""
+    places = {i for i, word in enumerate(argv) if word in ("--cache", "--output")}
+    return [word for i, word in enumerate(argv) if i not in places and i - 1 not in places]
+
+
 def _report(output: Path, console: Console) -> int:
     """Makes the tables, plots and the HTML report of all results in the folder."""
-    results = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
+    files = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
+    results = [result for result in files if "experiment" in result]
     if not results:
         console.print(f"[red]error:[/] there are no results in {output}", highlight=False)
         return 2
