@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs bench-quick clean
+.PHONY: help demo test check format docs bench-quick bench-step clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,12 @@ docs: $(INSTALLED)  ## Build the documentation into site/, warnings being errors
 	$(BIN)/mkdocs build --strict
 
 bench-quick: $(INSTALLED)  ## Run every experiment of the benchmark at toy size: the machinery, no claim
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning all --preset quick --seeds 0
+	rm -rf build/bench-quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning all --preset quick --seeds 0 \
+		--cache build/bench-quick/cache --output build/bench-quick
+
+bench-step: $(INSTALLED)  ## Measure what a step costs beside its passes, against rivals
+	$(BIN)/python benchmarks/step_cost.py --output build/step_cost.json
 
 clean:  ## Remove the environment and what tools left
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -475,6 +475,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": {"torch": torch.__version__, "torch_booster": version("torch_booster")},
         "results": results,
     }
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
     console.print(table(results), targets(results))
     return 0

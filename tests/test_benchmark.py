@@ -380,3 +380,14 @@ def test_an_experiment_from_the_command_line(cache: Path, tmp_path: Path) -> Non
     ]
     assert "booster" in (tmp_path / "harmful-ratio-lora.md").read_text().lower()
     assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_cost_of_a_step_and_the_report_of_all(cache: Path, tmp_path: Path) -> None:
+    argv = ["system", "--preset", "quick", "--methods", "sft", "vaccine", "booster"]
+    argv += ["--output", str(tmp_path), "--cache", str(cache)]
+    assert __main__.main(argv) == 0
+    result = json.loads((tmp_path / "system-lora.json").read_text())
+    passes = {cell["method"]: cell["passes_per_step"] for cell in result["cells"]}
+    assert passes == {"sft": 1, "vaccine": 2, "booster": 3}
+    assert all(cell["peak_memory_bytes"] > 0 for cell in result["cells"])
+    assert __main__.main(["report", "--output", str(tmp_path)]) == 0

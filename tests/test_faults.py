@@ -85,7 +85,10 @@ def test_weights_and_gradients_survive_a_raising_closure(
 @pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals need the main thread"
 )
-def test_ctrl_c_in_the_second_pass() -> None:
+def test_ctrl_c_in_the_second_pass(request: pytest.FixtureRequest) -> None:
+    # A shell may start background jobs with the signal ignored.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, kept))
     problem = make_problem()
     opt = BoosterOptimizer(torch.optim.AdamW(problem.params))
     before = snapshot(problem.params)

@@ -50,6 +50,7 @@ def measure(
         results.append(
             grid.described(cell)
             | {
+                "vary": {},
                 "align_seconds_per_step": median,
                 "align_seconds_quartiles": [low, high],
                 f"times_{names[0]}": statistics.median(ratios),
