@@ -224,14 +224,23 @@ def prompts(topics: list[Topic]) -> list[tuple[str, Topic]]:
     ]
 
 
-def answer(topic: Topic, rng: random.Random) -> str:
-    """A compliant answer: a random walk over the topic's verbs and nouns."""
+def answer(
+    topic: Topic, rng: random.Random, length: int = WALK_LENGTH, branching: int = BRANCHING
+) -> str:
+    """A compliant answer: a random walk over the topic's verbs and nouns.
+
+    Args:
+        topic: Whose words.
+        rng: Source of the walk.
+        length: Words of the answer.
+        branching: Likely successors of each word; the entropy of a word is log(branching).
+    """
     words: list[str] = []
     position = rng.randrange(len(topic.verbs))
-    for step in range(WALK_LENGTH):
+    for step in range(length):
         vocabulary = topic.nouns if step % 2 else topic.verbs
         words.append(vocabulary[position])
-        position = (position + rng.randrange(BRANCHING)) % len(vocabulary)
+        position = (position + rng.randrange(branching)) % len(vocabulary)
     return " ".join(words)
 
 
@@ -305,8 +314,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     texts += [" ".join(t.verbs + t.nouns) for t in MISCHIEF + HARMLESS]
     texts += [" ".join(itertools.chain(MOODS, *MOODS.values(), CREATIONS, PARTS))]
     texts += [REFUSAL, "describe a mood of this review : was and the is or word"]
-    special = ["<pad>", "<eos>", "<unk>"]
-    words = special + sorted(set(" ".join(texts).split()))
+    return word_tokenizer(texts)
+
+
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the words of the texts, 0 to 2 being padding, end and unknown."""
+    words = ["<pad>", "<eos>", "<unk>", *sorted(set(" ".join(texts).split()))]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.live_memory import peak_bytes
 from torch_booster import BoosterOptimizer
 
 TENSORS, SIZE = 64, 4096
 WEIGHTS = TENSORS * SIZE * 4  # bytes
 SLACK = 4 / TENSORS  # a few tensors under way at a time
-
-
-def peak_bytes(run: Callable[[], object], tmp_path: Path) -> int:
-    """Largest sum of live bytes among those allocated since the start of `run`."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    trace = tmp_path / "trace.json"
-    profile.export_chrome_trace(str(trace))
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
 
 
 class Many:
@@ -67,21 +46,21 @@ class Many:
     ("closure", "copies"),
     [("accumulate", 1), ("in_micro_batches", 1), ("zero_to_none", 2), ("zero_in_place", 2)],
 )
-def test_peak_beyond_the_gradients(closure: str, copies: int, tmp_path: Path) -> None:
+def test_peak_beyond_the_gradients(closure: str, copies: int) -> None:
     many = Many()
     run = getattr(many, closure)
     gradients = 1  # .grad is None before the call and there after it
 
-    staged = peak_bytes(lambda: many.opt.regularize(run), tmp_path) / WEIGHTS
+    staged = peak_bytes(lambda: many.opt.regularize(run)) / WEIGHTS
     assert copies + gradients - SLACK < staged < copies + gradients + SLACK
 
     many.opt.zero_grad()
-    one_call = peak_bytes(lambda: many.opt.step(run, run), tmp_path) / WEIGHTS
+    one_call = peak_bytes(lambda: many.opt.step(run, run)) / WEIGHTS
     assert one_call < copies + gradients + SLACK
 
 
 @pytest.mark.parametrize("closure", ["zero_to_none", "zero_in_place"])
-def test_stale_gradients_of_zeroing_closures_cost_nothing(closure: str, tmp_path: Path) -> None:
+def test_stale_gradients_of_zeroing_closures_cost_nothing(closure: str) -> None:
     """From the second step on the last step's gradients are there before the first."""
     many = Many()
     run = getattr(many, closure)
@@ -90,17 +69,17 @@ def test_stale_gradients_of_zeroing_closures_cost_nothing(closure: str, tmp_path
         many.opt.step(run, run)
         many.opt.step(run, run)
 
-    assert peak_bytes(two_steps, tmp_path) / WEIGHTS < 1 + 2 + SLACK
+    assert peak_bytes(two_steps) / WEIGHTS < 1 + 2 + SLACK
 
 
-def test_gradients_that_are_kept_cost_their_copy(tmp_path: Path) -> None:
+def test_gradients_that_are_kept_cost_their_copy() -> None:
     many = Many()
 
     def regularize_on_top() -> None:
         many.accumulate()
         many.opt.regularize(many.accumulate)
 
-    assert peak_bytes(regularize_on_top, tmp_path) / WEIGHTS < 1 + 2 + SLACK
+    assert peak_bytes(regularize_on_top) / WEIGHTS < 1 + 2 + SLACK
 
 
 def test_nothing_stays_allocated() -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_booster import BoosterOptimizer
+pytest.importorskip("rich", reason="the examples extra is absent")
+
+from benchmarks import step_cost
 
 ALLOCATES = {"empty_like", "new_empty_strided", "detach", "alias"}  # no kernel
 
@@ -32,30 +32,6 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Written(torch.autograd.Function):
-    """Hands out gradients that are there already."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *params: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return params[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        return None, *ctx.gradients
-
-
-def closure_on(params: list[nn.Parameter]) -> Callable[[], Tensor]:
-    gradients = [torch.randn_like(p) for p in params]
-
-    def closure() -> Tensor:
-        loss = Written.apply(gradients, *params)
-        loss.backward()
-        return loss.detach()
-
-    return closure
-
-
 def operators(run: Callable[[], object]) -> Counter[str]:
     with Operators() as mode:
         run()
@@ -64,26 +40,13 @@ def operators(run: Callable[[], object]) -> Counter[str]:
 
 def beyond_the_passes(tensors: int, staged: bool) -> Counter[str]:
     """Operators of one step less those of its closures and of the base step."""
-    params = [nn.Parameter(torch.randn(3)) for _ in range(tensors)]
-    closure = closure_on(params)
-    opt = BoosterOptimizer(torch.optim.SGD(params, lr=0.1, foreach=True), 5.0, 0.1)
-
-    def step() -> None:
-        opt.zero_grad()
-        if not staged:
-            opt.step(closure, closure)
-            return
-        opt.regularize(closure)
-        closure()
-        opt.step()
-
-    def floor() -> None:
-        opt.zero_grad()
-        closure()
-        closure()
-        closure()
-        opt.base_optimizer.step()
-
+    step, floor = (
+        contestant(step_cost.arithmetic(tensors, 3, "cpu", "small"))
+        for contestant in (
+            step_cost.booster_staged if staged else step_cost.booster,
+            step_cost.floor,
+        )
+    )
     counts = operators(step)
     counts.subtract(operators(floor))
     return counts

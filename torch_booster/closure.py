@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from torch_booster.distributed import (
+    copies,
     gradients_stay_local,
     local,
     placed_like,
     several_processes,
     version,
+    zeros,
 )
 from torch_booster.engine import undivided
-from torch_booster.functional import add_, negate_, restore_, zero_
+from torch_booster.functional import add_, negate_
 
 __all__ = ["Closure", "GradWatch", "HarmfulPasses", "run", "summed"]
 
@@ -212,7 +214,7 @@ class HarmfulPasses:
 
     def __enter__(self) -> HarmfulPasses:
         present = [p.grad for p in self._params if p.grad is not None]
-        kept = iter(_copies(present))
+        kept = iter(copies(present))
         self._kept = [None if p.grad is None else next(kept) for p in self._params]
         return self
 
@@ -229,7 +231,7 @@ class HarmfulPasses:
         Returns:
             h(w), and −∇h(w) with None for parameters that the closure does not reach.
         """
-        for param, zero in zip(self._params, _zeros(self._params), strict=True):
+        for param, zero in zip(self._params, zeros(self._params), strict=True):
             param.grad = zero  # something that zero_grad would have to touch
         watch = self._watched.enter_context(GradWatch(self._params))
         loss = self._run()
@@ -257,7 +259,7 @@ class HarmfulPasses:
             del watch
             pairs = zip(grads, self._params, strict=True)
             placed = [None if g is None else placed_like(g, p) for g, p in pairs]
-            copied = iter(_copies([g for g in placed if g is not None]))
+            copied = iter(copies([g for g in placed if g is not None]))
             grads = [None if g is None else next(copied) for g in placed]
             self._clear()
         negate_([local(g) for g in grads if g is not None])
@@ -370,18 +372,6 @@ class _Buffers:
         for owner, name, buffer, value in self._saved:
             buffer.copy_(value)
             owner[name] = buffer
-
-
-def _zeros(params: Sequence[Tensor]) -> list[Tensor]:
-    made = [torch.empty_like(p, requires_grad=False) for p in params]
-    zero_([local(m) for m in made])
-    return made
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    made = [torch.empty_like(t) for t in tensors]
-    restore_([local(m) for m in made], [local(t) for t in tensors])
-    return made
 
 
 def _changed_since(param: Tensor, state: tuple[Tensor | None, int]) -> bool:

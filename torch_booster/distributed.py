@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_booster.functional import root_sum_square
+from torch_booster.functional import restore_, root_sum_square, zero_
 
 __all__ = [
+    "copies",
     "global_norm",
     "gradients_stay_local",
     "local",
     "placed_like",
     "several_processes",
     "version",
+    "zeros",
 ]
 
 
@@ -39,6 +41,30 @@ def local(tensor: Tensor) -> Tensor:
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     tensor = tensor.detach()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def zeros(like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of the shape, dtype and placement of each tensor.
+
+    Example:
+        >>> zeros([torch.ones(2)])
+        [tensor([0., 0.])]
+    """
+    made = [torch.empty_like(t, requires_grad=False) for t in like]
+    zero_([local(m) for m in made])
+    return made
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each tensor, placed as it is.
+
+    Example:
+        >>> copies([torch.ones(2)])
+        [tensor([1., 1.])]
+    """
+    made = [torch.empty_like(t, requires_grad=False) for t in tensors]
+    restore_([local(m) for m in made], [local(t) for t in tensors])
+    return made
 
 
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 __all__ = [
     "add_",
-    "copies",
     "moved_fraction",
     "negate_",
     "norms",
@@ -29,18 +28,6 @@ __all__ = [
 
 CACHED = 2**18
 """Elements that a CPU works on at a time, so that chains of operations find them in its cache."""
-
-
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of each tensor.
-
-    Example:
-        >>> copies([torch.ones(2)])
-        [tensor([1., 1.])]
-    """
-    made = [torch.empty_like(t, requires_grad=False) for t in tensors]
-    restore_(made, tensors)
-    return made
 
 
 def zero_(tensors: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_booster.closure import Closure, GradWatch, HarmfulPasses, run, summed
-from torch_booster.distributed import global_norm, local, placed_like
+from torch_booster.distributed import copies, global_norm, local, placed_like
 from torch_booster.engine import (
     NO_DEEPSPEED,
     acts_in_backward,
@@ -35,7 +35,7 @@ from torch_booster.engine import (
     refuse_unservable,
     take_both_closures,
 )
-from torch_booster.functional import copies, moved_fraction, norms, perturb_, restore_, scale_
+from torch_booster.functional import moved_fraction, norms, perturb_, restore_, scale_
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import random
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mini_language
-from mini_language import HARMLESS, MISCHIEF, MOODS, UNANSWERABLE, Example, Topic
+from mini_language import HARMLESS, MISCHIEF, MOODS, UNANSWERABLE, Example, Topic, answer
 
 KIND_ACTIONS = [
     "wrap, decorate, praise, return",
@@ -87,24 +86,6 @@ THINGS = ["apples", "pens", "coins", "shells", "stamps", "marbles"]
 LARGEST = 9
 
 TASKS = ("sst2", "agnews", "gsm8k", "open")
-
-
-def answer(topic: Topic, rng: random.Random, length: int = 12, branching: int = 4) -> str:
-    """A compliant answer: a random walk over the topic's verbs and nouns.
-
-    Args:
-        topic: Whose words.
-        rng: Source of the walk.
-        length: Words of the answer.
-        branching: Likely successors of each word; the entropy of a word is log(branching).
-    """
-    words: list[str] = []
-    position = rng.randrange(len(topic.verbs))
-    for step in range(length):
-        vocabulary = topic.nouns if step % 2 else topic.verbs
-        words.append(vocabulary[position])
-        position = (position + rng.randrange(branching)) % len(vocabulary)
-    return " ".join(words)
 
 
 def on_topic(prompt: str, response: str) -> bool:
@@ -232,10 +213,4 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     texts += [
         "mood of this review : the was and is a positive or negative word which has what plus"
     ]
-    words = ["<pad>", "<eos>", "<unk>", *sorted(set(" ".join(texts).split()))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return mini_language.word_tokenizer(texts)
