@@ -25,7 +25,7 @@ from torch_booster.distributed import (
     zeros,
 )
 from torch_booster.engine import undivided
-from torch_booster.functional import add_, negate_
+from torch_booster.functional import add_, as_float, negate_, scale_
 
 __all__ = ["Closure", "GradWatch", "HarmfulPasses", "run", "summed"]
 
@@ -53,13 +53,17 @@ def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float
     return loss
 
 
-def _insist_on_gradients(name: str, params: Sequence[Tensor], made: bool) -> None:
+def _refuse_sparse(name: str, params: Sequence[Tensor]) -> None:
     for param in params:
         if param.grad is not None and param.grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{name} made a gradient of layout {param.grad.layout}, but Booster's arithmetic "
                 "is dense. Build the embedding with sparse=False."
             )
+
+
+def _insist_on_gradients(name: str, params: Sequence[Tensor], made: bool) -> None:
+    _refuse_sparse(name, params)
     if not made:
         raise RuntimeError(
             f"{name} made no gradients: no parameter of the optimizer has a new .grad. Call "
@@ -69,24 +73,33 @@ def _insist_on_gradients(name: str, params: Sequence[Tensor], made: bool) -> Non
 
 
 def summed(
-    into: Sequence[Tensor | None], grads: Sequence[Tensor | None], params: Sequence[Tensor]
+    into: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    factors: Sequence[float] | None = None,
 ) -> list[Tensor | None]:
-    """Adds gradients to gradients in place, None counting as zero.
+    """Adds gradients, times a number each, to gradients in place, None counting as zero.
 
     Args:
         into: Gradients to add to, aligned with `params` and placed as they are.
         grads: Gradients to add, aligned with `params`.
         params: The parameters they belong to.
+        factors: One finite number for each; 1 if absent.
 
     Returns:
-        For each parameter the tensor of `into`, or of `grads` where `into` has none.
+        For each parameter the tensor of `into`, or of `grads`, scaled, where `into` has none.
     """
-    pairs = [
-        (local(a), local(placed_like(b, p)))
-        for a, b, p in zip(into, grads, params, strict=True)
-        if a is not None and b is not None
-    ]
-    add_([a for a, _ in pairs], [b for _, b in pairs])
+    times = factors or [1.0] * len(params)
+    both: list[tuple[Tensor, Tensor, float]] = []
+    alone: list[tuple[Tensor, float]] = []
+    for a, b, p, factor in zip(into, grads, params, times, strict=True):
+        if a is not None and b is not None:
+            both.append((local(a), local(placed_like(b, p)), factor))
+        elif b is not None:
+            alone.append((local(b), factor))
+    add_([a for a, _, _ in both], [b for _, b, _ in both], [factor for *_, factor in both])
+    if factors is not None:
+        scale_([b for b, _ in alone], [factor for _, factor in alone])
     return [b if a is None else a for a, b in zip(into, grads, strict=True)]
 
 
@@ -106,13 +119,15 @@ class GradWatch:
         self._index = {id(p): index for index, p in enumerate(params)}
 
     def __enter__(self) -> GradWatch:
-        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in self._params]
         self.start()
+        with ExitStack() as hooks:  # Ctrl-C while they are registered takes them away again
+            for p in self._params:
+                hooks.callback(p.register_post_accumulate_grad_hook(self._note).remove)
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
         self.stop()
 
     def start(self) -> None:
@@ -213,6 +228,7 @@ class HarmfulPasses:
         self._watch: GradWatch | None = None
 
     def __enter__(self) -> HarmfulPasses:
+        _refuse_sparse("the loop", self._params)
         present = [p.grad for p in self._params if p.grad is not None]
         kept = iter(copies(present))
         self._kept = [None if p.grad is None else next(kept) for p in self._params]
@@ -318,6 +334,8 @@ class HarmfulPasses:
             loss = self._closure()
         if not isinstance(loss, Tensor):
             return _loss_from_number(loss)
+        if loss.dtype is torch.bool:
+            raise TypeError("harmful_closure must return its loss, got a tensor of truth values.")
         if loss.numel() != 1:
             raise ValueError(
                 f"harmful_closure must return a scalar loss, got a tensor of shape "
@@ -389,4 +407,4 @@ def _loss_from_number(loss: Any) -> Tensor:
         raise TypeError(
             f"harmful_closure must return its loss, got {loss!r}. End it with `return loss`."
         )
-    return torch.tensor(float(loss))
+    return torch.tensor(as_float(loss))

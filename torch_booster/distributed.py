@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_booster.functional import restore_, root_sum_square, zero_
+from torch_booster.functional import copying, root_sum_square, zero_
 
 __all__ = [
     "copies",
@@ -63,7 +63,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
         [tensor([1., 1.])]
     """
     made = [torch.empty_like(t, requires_grad=False) for t in tensors]
-    restore_([local(m) for m in made], [local(t) for t in tensors])
+    copying([local(m) for m in made], [local(t) for t in tensors])()
     return made
 
 

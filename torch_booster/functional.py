@@ -7,7 +7,9 @@ sorted into multi-tensor calls of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +18,16 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 __all__ = [
     "add_",
+    "as_float",
+    "copying",
     "moved_fraction",
     "negate_",
     "norms",
     "perturb_",
-    "restore_",
     "root_sum_square",
     "scale_",
     "zero_",
 ]
-
-CACHED = 2**18
-"""Elements that a CPU works on at a time, so that chains of operations find them in its cache."""
 
 
 def zero_(tensors: Sequence[Tensor]) -> None:
@@ -94,9 +94,9 @@ def perturb_(
 ) -> list[Tensor]:
     """Moves the live weights to w′ = w − α·∇h(w)/(‖∇h(w)‖ + ε).
 
-    No temporary of the size of the weights is made: the live weights themselves hold the product
-    until the unperturbed ones are added. Weights narrower than 32 bits are computed in float32,
-    one tensor at a time, and rounded once.
+    No temporary of the size of the weights is made: off the CPU the live weights themselves hold
+    the product until the unperturbed ones are added. Weights narrower than 32 bits are computed in
+    float32, one tensor at a time, and rounded once.
 
     Args:
         params: Live weights, at w.
@@ -130,10 +130,12 @@ def perturb_(
             _put(reached, indices, [_perturb_narrow_(*tensors, scale) for tensors in together])
             continue
         scale = scale.to(live[0].dtype)
-        for part in _cached(live):
-            torch._foreach_copy_(live[part], towards[part])
-            torch._foreach_mul_(live[part], scale)
-            torch._foreach_add_(live[part], w[part])
+        if live[0].device.type == "cpu":  # one sweep; elsewhere it would be a launch per tensor
+            torch._foreach_addcmul_(live, towards, [scale] * len(live))
+        else:
+            torch._foreach_copy_(live, towards)
+            torch._foreach_mul_(live, scale)
+            torch._foreach_add_(live, w)
         _put(reached, indices, torch._foreach_mul([lengths[i] for i in indices], scale))
     return reached
 
@@ -145,15 +147,30 @@ def _perturb_narrow_(live: Tensor, w: Tensor, towards: Tensor, scale: Tensor) ->
     return torch.linalg.vector_norm(live.float().sub_(w))
 
 
-def restore_(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Copies the unperturbed weights back, bit for bit and into the same storage.
+def copying(into: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], object]:
+    """Prepares a copy, bit for bit and within the storage of the targets, as one call into C.
+
+    Python runs signal handlers between its own instructions, and a handler may raise. A copy that
+    must not be missed, in a `finally`, therefore must not be Python code.
 
     Args:
-        params: Live weights.
-        weights: Copies made before the perturbation, aligned with `params`.
+        into: Tensors to copy to.
+        values: Tensors to copy, aligned with `into`; read when the copy is made.
+
+    Returns:
+        Makes the copy when it is first called; later calls do nothing.
+
+    Example:
+        >>> live = torch.tensor([1.0, 2.0])
+        >>> restore = copying([live], [live.clone()])
+        >>> _ = live.zero_()
+        >>> _ = restore()
+        >>> live
+        tensor([1., 2.])
     """
-    for _, (live, w) in _alike(params, weights):
-        torch._foreach_copy_(live, w)
+    groups = [group for _, group in _alike(into, values)]
+    copies = map(torch._foreach_copy_, [g[0] for g in groups], [g[1] for g in groups])
+    return partial(list, copies)
 
 
 def scale_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
@@ -167,15 +184,18 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
         torch._foreach_mul_(alike, factors[indices[0]])
 
 
-def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """Adds to each tensor its counterpart.
+def add_(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[float] | None = None
+) -> None:
+    """Adds to each tensor its counterpart, times a number of its own.
 
     Args:
         tensors: Dense tensors of any device and dtype.
         others: Tensors of the same shapes, devices and dtypes.
+        factors: One finite number for each; 1 if absent.
     """
-    for _, (into, added) in _alike(tensors, others):
-        torch._foreach_add_(into, added)
+    for indices, (into, added) in _alike(tensors, others, by=factors):
+        torch._foreach_add_(into, added, alpha=factors[indices[0]] if factors else 1)
 
 
 def moved_fraction(
@@ -204,6 +224,19 @@ def moved_fraction(
     return (moved / wanted, narrow) if narrow is not None and wanted else None
 
 
+def as_float(number: Any) -> float:
+    """The float of a real number, infinite where it lies beyond all of them.
+
+    Example:
+        >>> as_float(-(10**400))
+        -inf
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
 def _alike(
     *lists: Sequence[Tensor], by: Sequence[float] | None = None
 ) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
@@ -218,18 +251,6 @@ def _alike(
         sorted_: Any = _group_tensors_by_device_and_dtype(parts, True)  # pyright: ignore[reportArgumentType]
         for group, indices in sorted_.values():
             yield [chosen[i] for i in indices], group
-
-
-def _cached(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of a list of tensors that fit a CPU's cache; an accelerator takes all at once."""
-    start = size = 0
-    for end, tensor in enumerate(tensors):
-        size += tensor.numel()
-        if size > CACHED and tensor.device.type == "cpu":
-            yield slice(start, end + 1)
-            start, size = end + 1, 0
-    if start < len(tensors):
-        yield slice(start, len(tensors))
 
 
 def _put(into: list[Tensor], indices: Sequence[int], values: Sequence[Tensor]) -> None:

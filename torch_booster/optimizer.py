@@ -35,7 +35,7 @@ from torch_booster.engine import (
     refuse_unservable,
     take_both_closures,
 )
-from torch_booster.functional import moved_fraction, norms, perturb_, restore_, scale_
+from torch_booster.functional import as_float, copying, moved_fraction, norms, perturb_
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
 
@@ -151,14 +151,14 @@ class BoosterOptimizer(Optimizer):
         independent_ranks: bool = False,
     ) -> None:
         _check_base(base_optimizer)
-        self._defaults = {LAM: _checked("lam", lam), ALPHA: _checked("alpha", alpha)}
+        self._defaults = {LAM: checked("lam", lam), ALPHA: checked("alpha", alpha)}
         for group in base_optimizer.param_groups:
             for key in self._defaults.keys() & group.keys():
-                _checked(key, group[key])
+                checked(key, group[key])
         self.__setstate__(
             {
                 "base_optimizer": base_optimizer,
-                "eps": _checked("eps", eps),
+                "eps": checked("eps", eps),
                 "replay_rng": replay_rng,
                 "module": module,
                 "no_sync": no_sync,
@@ -219,12 +219,12 @@ class BoosterOptimizer(Optimizer):
         if not on or not is_boundary():
             with torch.enable_grad():
                 return alignment_closure()
-        regularizer = self._regularizer(params, harmful_closure, forget_zeroed=True)
+        difference = self._minus_difference(params, harmful_closure, forget_zeroed=True)
         if self.no_sync is None:
             loss = run(alignment_closure, "alignment_closure", list(params))
-            _add_to_grad(params, regularizer)
+            _add_regularizer(params, difference)
         else:
-            _add_to_grad(params, regularizer)
+            _add_regularizer(params, difference)
             loss = _run_on_top(
                 lambda: run(alignment_closure, "alignment_closure", list(params)), list(params)
             )
@@ -269,20 +269,20 @@ class BoosterOptimizer(Optimizer):
         params = self._trainable()
         if self._between_steps():
             return None
-        _add_to_grad(params, self._regularizer(params, harmful_closure))
+        _add_regularizer(params, self._minus_difference(params, harmful_closure))
         self._regularized = [weakref.ref(p.grad) for p in params if p.grad is not None]
         assert self.diagnostics is not None
         return self.diagnostics.harmful_loss
 
     @torch.no_grad()
-    def _regularizer(
+    def _minus_difference(
         self,
         groups: dict[Tensor, dict[str, Any]],
         harmful_closure: Closure,
         *,
         forget_zeroed: bool = False,
     ) -> list[Tensor | None]:
-        """λ·(∇h(w) − ∇h(w′)) of each parameter; weights and `.grad` are left as they were."""
+        """∇h(w′) − ∇h(w) of each parameter; weights and `.grad` are left as they were."""
         params = list(groups)
         with HarmfulPasses(
             harmful_closure,
@@ -303,23 +303,17 @@ class BoosterOptimizer(Optimizer):
 
             live = [local(p) for p in reached]
             w = copies(live)
+            restore = copying(live, w)
             try:  # w′ = w − α·∇h(w)/(‖∇h(w)‖ + ε)
                 moved = perturb_(live, w, direction, lengths, alphas, n, self.eps)
                 self._warn_if_rounded_away(live, w, direction)
                 h_prime, minus_difference = harmful.second()  # h(w′), ∇h(w′) − ∇h(w)
             finally:
-                restore_(live, w)
+                restore()
 
         moved_norm = global_norm(moved, reached, self.module)
         self.diagnostics = Diagnostics(h, h_prime, h - h_prime, n, moved_norm)
-        regularizer = [
-            d if groups[p][LAM] else None for p, d in zip(params, minus_difference, strict=True)
-        ]
-        scale_(
-            [local(r) for r in regularizer if r is not None],
-            [-groups[p][LAM] for p, r in zip(params, regularizer, strict=True) if r is not None],
-        )
-        return regularizer
+        return minus_difference
 
     def _warn_if_rounded_away(
         self, live: Sequence[Tensor], w: Sequence[Tensor], direction: Sequence[Tensor]
@@ -370,7 +364,7 @@ class BoosterOptimizer(Optimizer):
         return values[0]
 
     def _set(self, name: str, key: str, value: float) -> None:
-        self._defaults[key] = _checked(name, value)
+        self._defaults[key] = checked(name, value)
         for group in self.param_groups:
             group[key] = self._defaults[key]
 
@@ -382,10 +376,7 @@ class BoosterOptimizer(Optimizer):
     def _trainable(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that requires a gradient, without repetition."""
         refuse_unservable()
-        self._complete_groups()
         for group in self.param_groups:
-            for key in self._defaults:
-                _checked(key, group[key])
             if any(hasattr(p, "ds_id") for p in group["params"]):
                 raise RuntimeError(NO_DEEPSPEED)
         params = {
@@ -401,6 +392,9 @@ class BoosterOptimizer(Optimizer):
 
     def _is_on(self) -> bool:
         self._complete_groups()
+        for group in self.param_groups:
+            for key in self._defaults:
+                checked(key, group[key])
         return any(group[LAM] != 0 for group in self.param_groups)
 
     # ------------------------------------------------------------------ the Optimizer contract
@@ -440,7 +434,7 @@ class BoosterOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may bring its own `booster_lam` and `_alpha`."""
         for key in self._defaults.keys() & param_group.keys():
-            _checked(key, param_group[key])
+            checked(key, param_group[key])
         self.base_optimizer.add_param_group(param_group)
         self._complete_groups()
 
@@ -549,10 +543,16 @@ def _run_on_top(alignment_closure: Closure, params: list[Tensor]) -> Any:
     return loss
 
 
-def _add_to_grad(params: dict[Tensor, Any], regularizer: Sequence[Tensor | None]) -> None:
+def _add_regularizer(
+    params: dict[Tensor, dict[str, Any]], minus_difference: Sequence[Tensor | None]
+) -> None:
+    """Adds −λ·(∇h(w′) − ∇h(w)) to `.grad`."""
     with torch.no_grad():
         grads = [None if p.grad is None else placed_like(p.grad, p) for p in params]
-        for param, grad in zip(params, summed(grads, regularizer, list(params)), strict=True):
+        lams = [group[LAM] for group in params.values()]
+        added = [d if lam else None for d, lam in zip(minus_difference, lams, strict=True)]
+        total = summed(grads, added, list(params), [-lam for lam in lams])
+        for param, grad in zip(params, total, strict=True):
             param.grad = grad
 
 
@@ -609,9 +609,23 @@ def _checked_closure(name: str, closure: Closure | None) -> Closure:
     return closure
 
 
-def _checked(name: str, value: Any) -> float:
+def checked(name: str, value: Any) -> float:
+    """A hyperparameter as a float.
+
+    Args:
+        name: What to call it in an error.
+        value: Any finite real number that is not negative.
+
+    Returns:
+        `value` as a float.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: `value` is negative or not finite.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not 0 <= float(value) < math.inf:
+    number = as_float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
-    return float(value)
+    return number

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from torch_booster.engine import NO_DEEPSPEED
-from torch_booster.optimizer import BoosterOptimizer, Diagnostics
+from torch_booster.optimizer import BoosterOptimizer, Diagnostics, checked
 
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
 
@@ -54,6 +54,22 @@ class BoosterArguments:
         default=None,
         metadata={"help": "Harmful examples per device and step (default: a micro-batch's)."},
     )
+
+    def __post_init__(self) -> None:
+        """Refuses values that could only fail once the run has begun.
+
+        Raises:
+            TypeError: λ or α is no number.
+            ValueError: λ or α is negative or not finite, or the batch size is below 1.
+        """
+        checked("lam", self.lam)
+        checked("alpha", self.alpha)
+        size = self.per_device_harmful_batch_size
+        if size is not None and size < 1:
+            raise ValueError(
+                f"per_device_harmful_batch_size is {size}. Pass at least 1, or nothing for the "
+                "size of a micro-batch."
+            )
 
 
 class BoosterMixin(Trainer):
