@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs bench-quick bench-step clean
+.PHONY: help demo test test-reliability check format docs bench-quick bench-step clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ demo: $(INSTALLED)  ## Align a small model with SFT and with Booster, attack bot
 
 test: $(INSTALLED)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-reliability: $(INSTALLED)  ## Run the fault and fuzz tests at length, and print what they counted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m reliability
 
 check: $(INSTALLED)  ## Lint, formatting and strict types
 	$(BIN)/ruff check .

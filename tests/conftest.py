@@ -1,8 +1,12 @@
-"""Hypothesis profile and the optimizers that the contract is tested over."""
+"""Hypothesis profile, the size of the reliability tests and the table of what they counted."""
 
 from __future__ import annotations
 
+import json
+import platform
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from hypothesis import settings
 settings.register_profile("torch_booster", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("torch_booster")
 
+RECORD = Path(__file__).parents[1] / "build" / "reliability.json"
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
@@ -18,3 +24,61 @@ def _seed() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+class Counts:
+    """How often each kind of fault was tried, and how often nothing was lost."""
+
+    def __init__(self) -> None:
+        self.tried: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+
+    def add(self, fault: str, tried: int, lost: int) -> None:
+        self.tried[fault] += tried
+        self.lost[fault] += lost
+
+    def rows(self) -> list[tuple[str, int, int, int]]:
+        """Fault, tried, survived, lost."""
+        return [(f, n, n - self.lost[f], self.lost[f]) for f, n in self.tried.items()]
+
+
+COUNTS = pytest.StashKey[Counts]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COUNTS] = Counts()
+
+
+@pytest.fixture(params=["quick", pytest.param("full", marks=pytest.mark.reliability)])
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether a test runs at the size of `make test-reliability`."""
+    return request.param == "full"
+
+
+@pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Counts:
+    """Where a reliability test enters what it tried and what was lost."""
+    return request.config.stash[COUNTS]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    rows = config.stash[COUNTS].rows()
+    if not rows:
+        return
+    width = max(len(fault) for fault, *_ in rows)
+    terminalreporter.section("reliability")
+    terminalreporter.line(f"{'fault':<{width}} {'tried':>8} {'survived':>8} {'lost':>8}")
+    for fault, *numbers in rows:
+        terminalreporter.line(f"{fault:<{width}} " + " ".join(f"{n:>8,}" for n in numbers))
+    if "reliability" in config.option.markexpr.split():
+        names = ("fault", "tried", "survived", "lost")
+        record = {
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "selected": config.option.markexpr,
+            "counts": [dict(zip(names, row, strict=True)) for row in rows],
+        }
+        if config.option.markexpr == "reliability":
+            RECORD.parent.mkdir(exist_ok=True)
+            RECORD.write_text(json.dumps(record, indent=1) + "\n")

@@ -303,7 +303,8 @@ class BoosterOptimizer(Optimizer):
 
             live = [local(p) for p in reached]
             w = copies(live)
-            restore = copying(live, w)
+            # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
+            restore = copying([p.detach() for p in live], w)
             try:  # w′ = w − α·∇h(w)/(‖∇h(w)‖ + ε)
                 moved = perturb_(live, w, direction, lengths, alphas, n, self.eps)
                 self._warn_if_rounded_away(live, w, direction)

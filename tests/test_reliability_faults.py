@@ -1,0 +1,256 @@
+"""Faults at every point of a step: operators, allocations, bytecodes."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import Counts
+from tests.trainees import (
+    KINDS,
+    Trainee,
+    in_base_step,
+    leftovers,
+    next_step_is_right,
+    same_bits,
+    verdict,
+)
+from torch_booster import BoosterOptimizer
+
+
+class BoomError(Exception):
+    pass
+
+
+class Disturbed:
+    """A training on its way, and where it stands before and after the step to be disturbed."""
+
+    def __init__(self, kind: str) -> None:
+        self.trainee, self.twin = Trainee(kind), Trainee(kind)
+        self.trainee.step()
+        self.before = self.trainee.snapshot()
+        self.after = self.twin.stepped_from(self.before)
+
+    def lost(self, where: str, in_base: bool, anywhere: bool = False) -> list[str]:
+        """What is lost after an interruption at `where`; the trainee starts anew afterwards."""
+        found = []
+        if verdict(self.trainee, self.before, self.after, in_base) == "lost":
+            found.append("weights or optimizer state")
+        if not anywhere:  # a hook can stay if Ctrl-C falls within the line that registers it
+            found += leftovers(self.trainee)
+        torch.set_grad_enabled(True)
+        if not found and not next_step_is_right(self.trainee, self.twin):
+            found.append("the next step")
+        self.trainee.load(self.before)
+        return [f"{what} at {where}" for what in found]
+
+
+def thinned(points: int, kept: int) -> Sequence[int]:
+    """All points, or about so many of them, evenly spread, the last one among them."""
+    return range(points)[:: -max(1, points // kept)]
+
+
+# Every operator
+
+
+class RaiseAt(TorchDispatchMode):
+    """Raises in place of, or after, the k-th operator; counts them where k is None.
+
+    The copy that restores the weights is spared: it allocates nothing, and were it to fail, no
+    other copy could do better.
+    """
+
+    def __init__(
+        self,
+        k: int | None,
+        error: type[BaseException],
+        when: str,
+        trainee: Trainee,
+        weights: list[Tensor],
+    ) -> None:
+        super().__init__()
+        self.k, self.error, self.when = k, error, when
+        self.home = {p.data_ptr(): w for p, w in zip(trainee.params, weights, strict=True)}
+        self.count = 0
+        self.hit: tuple[str, bool] = ("", False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        counted = self._counts(func, args)
+        self.count += counted
+        mine = counted and self.count - 1 == self.k
+        if mine:
+            self.hit = (f"{self.when} operator {self.k}, {func}", in_base_step(sys._getframe()))
+        if mine and self.when != "after":
+            raise self.error("boom")
+        result = func(*args, **kwargs)
+        if mine:
+            raise self.error("boom")
+        return result
+
+    def _counts(self, func: Any, args: Any) -> bool:
+        if func is torch.ops.aten._foreach_copy_.default and self._restores(*args[:2]):
+            return False
+        return self.when != "in place of an allocation" or allocates(func)
+
+    def _restores(self, into: list[Tensor], values: list[Tensor]) -> bool:
+        home = [self.home.get(t.data_ptr()) for t in into]
+        return None not in home and same_bits(values, [w for w in home if w is not None])
+
+
+def allocates(func: Any) -> bool:
+    """Whether an operator returns a tensor that is none of its arguments nor a view of one."""
+    return any(result.alias_info is None for result in func._schema.returns)
+
+
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        ("in place of", BoomError),
+        ("after", KeyboardInterrupt),
+        ("in place of an allocation", torch.OutOfMemoryError),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_at_every_operator(
+    kind: str, when: str, error: type[BaseException], full: bool, counts: Counts
+) -> None:
+    disturbed = Disturbed(kind)
+    trainee, weights = disturbed.trainee, disturbed.before.weights
+    with RaiseAt(None, error, when, trainee, weights) as counting:
+        trainee.step()
+    assert counting.count > 30
+    points = thinned(counting.count, 1_000 if full else 12)
+    losses = []
+    for k in points:
+        trainee.load(disturbed.before)
+        with pytest.raises(error, match="boom"), RaiseAt(k, error, when, trainee, weights) as mode:
+            trainee.step()
+        losses.append(disturbed.lost(*mode.hit))
+    counts.add(FAULTS[when], len(points), sum(map(bool, losses)))
+    assert not list(filter(None, losses))
+
+
+FAULTS = {
+    "in place of": "error in place of an operator",
+    "after": "Ctrl-C after an operator",
+    "in place of an allocation": "out of memory in an allocation",
+}
+
+
+def test_the_weights_come_back_where_ctrl_c_left_gradients_enabled() -> None:
+    """As it does within the exit of `enable_grad`; leaves then refuse to be written in place."""
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = BoosterOptimizer(torch.optim.SGD([param], lr=0.1))
+    passes = 0
+
+    def closure() -> Tensor:
+        nonlocal passes
+        passes += 1
+        loss = param.pow(3).sum()
+        loss.backward()
+        return loss
+
+    class Interrupted:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            torch._C._set_grad_enabled(True)
+            raise KeyboardInterrupt
+
+    opt.no_sync = Interrupted  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        opt.regularize(closure)
+    assert passes == 2
+    assert torch.equal(param, torch.ones(3))
+
+
+# Every bytecode at which Python may run a signal handler
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the k-th point where CPython looks for signals; else counts.
+
+    Those points are a function's start, the end of a call and a jump backwards. Code of the
+    standard library and of torch that runs within the step is included.
+    """
+
+    def __init__(self, k: int | None) -> None:
+        self.k = k
+        self.count = 0
+        self.hit: tuple[str, bool] = ("", False)
+
+    def __enter__(self) -> InterruptAt:
+        self._kept = sys.gettrace()
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._kept)
+
+    def _called(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code is InterruptAt.__exit__.__code__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        code = opcodes(frame.f_code)
+        last = "RESUME"
+
+        def trace(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal last
+            if event == "opcode":
+                looked = looks_for_signals(last)
+                last = code[frame.f_lasti]
+                if looked:
+                    self._point(frame)
+            return trace
+
+        return trace
+
+    def _point(self, frame: FrameType) -> None:
+        self.count += 1
+        if self.count - 1 == self.k:
+            code = frame.f_code
+            place = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+            self.hit = (f"point {self.k}, {place}", in_base_step(frame))
+            raise KeyboardInterrupt
+
+
+@functools.cache
+def opcodes(code: CodeType) -> dict[int, str]:
+    return {i.offset: i.opname for i in dis.get_instructions(code)}
+
+
+def looks_for_signals(opname: str) -> bool:
+    if opname.endswith("NO_INTERRUPT"):
+        return False
+    return opname.startswith(("CALL", "RESUME", "JUMP_ABSOLUTE")) or "BACKWARD" in opname
+
+
+@pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="the points are those of CPython's interpreter"
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_at_every_bytecode(kind: str, full: bool, counts: Counts) -> None:
+    disturbed = Disturbed(kind)
+    trainee = disturbed.trainee
+    with InterruptAt(None) as counting:
+        trainee.step()
+    points = thinned(counting.count, 1_000 if full else 20)
+    losses = []
+    for k in points:
+        trainee.load(disturbed.before)
+        with pytest.raises(KeyboardInterrupt), InterruptAt(k) as interrupt:
+            trainee.step()
+        losses.append(disturbed.lost(*interrupt.hit, anywhere=True))
+    counts.add("Ctrl-C at a bytecode", len(points), sum(map(bool, losses)))
+    assert not list(filter(None, losses))
