@@ -31,7 +31,9 @@ from benchmarks.harmful_finetuning.methods import (  # noqa: E402
     METHODS,
     SFT,
     Booster,
+    BoosterHeld,
     BoosterVaccine,
+    BoosterWeighted,
     Lisa,
     RandomDirection,
     RepNoise,
@@ -195,6 +197,8 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster": (Booster, SFT, True),
         "booster_vaccine": (BoosterVaccine, SFT, True),
         "booster_lisa": (Booster, Lisa, True),
+        "booster_held": (BoosterHeld, SFT, True),
+        "booster_weighted": (BoosterWeighted, SFT, True),
         "random_direction": (RandomDirection, SFT, True),
     }
     assert {stage: hyperparameters(stage) for stage in STAGES} == {
@@ -493,15 +497,18 @@ def test_repnoise_noise_vanishes_for_gaussian_activations() -> None:
 # ---------------------------------------------------------------------- Booster
 
 
-def booster_oracle(model: nn.Module, lam: float, alpha: float) -> list[Tensor]:
-    """Of batches 0 and 100, by functional_call and autograd.grad on clones."""
+def booster_oracle(
+    model: nn.Module, lam: float, alpha: float, learned: int = 0, harmful: int = 100
+) -> list[Tensor]:
+    """Of two batches, by functional_call and autograd.grad on clones."""
     names = list(trained(model))
 
     def loss_of(seed: int) -> Any:
         return lambda values: loss_at(model, dict(zip(names, values, strict=True)), batch(seed))
 
     params = list(trained(model).values())
-    return booster_gradient(loss_of(0), loss_of(100), params, lam, alpha)  # type: ignore[return-value]
+    f, h = loss_of(learned), loss_of(harmful)
+    return booster_gradient(f, h, params, lam, alpha)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("lam", "alpha"), [(5.0, 0.1), (0.7, 0.5)])
@@ -545,6 +552,36 @@ def test_booster_vaccine_with_one_half_off_is_the_other(zero: str, plain: type[S
     values = {name: values[name] for name in hyperparameters(plain)}
     make(plain, model, **values).backward(learned(), auxiliary())
     assert all(torch.equal(a, b) for a, b in zip(combined, grads(model), strict=True))
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "weighted"])
+def test_the_regulariser_at_every_second_step_only(held: bool) -> None:
+    model, lam, alpha = tiny(lora=True), 3.0, 0.2
+    kind = BoosterHeld if held else BoosterWeighted
+    stage = make(kind, model, lam=lam, alpha=alpha, every=2)
+    batches, harmful = learned(), auxiliary()
+    weight = 1.0 if held else 2.0
+    for step in range(4):
+        plain = gradient(model, batch(step))
+        if step % 2 == 0:
+            combined = booster_oracle(model, lam, alpha, step, 100 + step // 2)
+            regularizer = [weight * (c - p) for c, p in zip(combined, plain, strict=True)]
+        stage.optimizer.zero_grad()
+        stage.backward(batches, harmful)
+        now = regularizer if held or step % 2 == 0 else [torch.zeros_like(p) for p in plain]
+        assert agree(grads(model), [p + r for p, r in zip(plain, now, strict=True)])
+        stage.optimizer.step()
+    assert harmful.next == 102
+
+
+@pytest.mark.parametrize("kind", [BoosterHeld, BoosterWeighted])
+def test_the_regulariser_at_every_step_is_booster(kind: type[Stage]) -> None:
+    model = tiny(lora=True)
+    make(kind, model, every=1).backward(learned(), auxiliary())
+    found = grads(model)
+    model.zero_grad()
+    make(Booster, model).backward(learned(), auxiliary())
+    assert all(torch.equal(a, b) for a, b in zip(found, grads(model), strict=True))
 
 
 def test_passes_of_a_step() -> None:

@@ -136,6 +136,19 @@ def _control(request: Request) -> list[Cell]:
     return request.cells(("sft", "booster", "random_direction"), [request.settings])
 
 
+def _every(request: Request) -> list[Cell]:
+    """Booster, and beside it at each k > 1 the two ways to regularise at every k-th step."""
+    own = request.settings.of_method("booster")
+    found = request.cells(("sft", "booster"), [request.settings], lambda _: {"every": 1})
+    for k in request.axis((2, 4, 8)):
+        settings = request.settings
+        for method in ("booster_held", "booster_weighted"):
+            settings = settings.given(method, **own, every=k)
+        methods = ("booster_held", "booster_weighted")
+        found += request.cells(methods, [settings], lambda _, k=k: {"every": k})
+    return found
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "harmful-ratio": Experiment("Harmful ratio p (the paper's Table 1)", "p", _harmful_ratio),
     "sample-number": Experiment("Number of user samples n", "samples", _sample_number),
@@ -160,6 +173,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "p",
         _control,
         "A random direction says how much of the defense is the direction's.",
+    ),
+    "every": Experiment(
+        "Regulariser at every k-th step",
+        "every",
+        _every,
+        "Held: the last regulariser stays in between. Weighted: none in between, k times as heavy. "
+        "1 + 2/k forward and backward passes a step.",
     ),
     "rank": Experiment("LoRA rank r", "lora_r", _of_settings("lora_r", (4, 16, 64))),
     "trained": Experiment(

@@ -60,10 +60,13 @@ NAMES = {
     "booster": "Booster",
     "booster_vaccine": "Booster + Vaccine",
     "booster_lisa": "Booster + Lisa",
+    "booster_held": "Booster, held",
+    "booster_weighted": "Booster, weighted",
     "random_direction": "random direction",
     "lam": "λ",
     "alpha": "α",
     "lora_r": "r",
+    "every": "k",
 }
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; Tol's muted ones for any other.
@@ -75,6 +78,8 @@ STYLES = {
     "booster": ("#0072b2", "o"),
     "booster_vaccine": ("#56b4e9", "P"),
     "booster_lisa": ("#332288", "*"),
+    "booster_held": ("#88ccee", "<"),
+    "booster_weighted": ("#44aa99", ">"),
     "random_direction": ("#000000", "X"),
 }
 MORE_COLORS = ("#882255", "#117733", "#999933", "#aa4499", "#44aa99")

@@ -9,7 +9,9 @@ import inspect
 from typing import Any, NamedTuple
 
 from benchmarks.harmful_finetuning.methods.booster import Booster
+from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine
+from benchmarks.harmful_finetuning.methods.booster_weighted import BoosterWeighted
 from benchmarks.harmful_finetuning.methods.lisa import Lisa
 from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection
 from benchmarks.harmful_finetuning.methods.repnoise import RepNoise
@@ -22,7 +24,9 @@ __all__ = [
     "SFT",
     "Batches",
     "Booster",
+    "BoosterHeld",
     "BoosterVaccine",
+    "BoosterWeighted",
     "Lisa",
     "Method",
     "RandomDirection",
@@ -58,6 +62,8 @@ METHODS: dict[str, Method] = {
     "booster": Method(Booster, SFT, True, BOOSTER),
     "booster_vaccine": Method(BoosterVaccine, SFT, True, f"{BOOSTER}; {VACCINE}"),
     "booster_lisa": Method(Booster, Lisa, True, f"{BOOSTER}; {LISA}"),
+    "booster_held": Method(BoosterHeld, SFT, True, "a variation, not from a paper"),
+    "booster_weighted": Method(BoosterWeighted, SFT, True, "a variation, not from a paper"),
     "random_direction": Method(RandomDirection, SFT, True, "a control, not from a paper"),
 }
 
