@@ -422,8 +422,14 @@ def targets(results: list[dict[str, Any]]) -> Table:
     for head in ("case", "what", "target", "measured", ""):
         view.add_column(head)
     for result in results:
-        extra = result["contestants"]["booster"]["extra_memory"]
-        memory = ("extra memory of accumulating closures", lambda _, e=extra: e, "≤", 1.1)
+        peaks = {name: c["extra_memory"] for name, c in result["contestants"].items()}
+        extra = peaks["booster"] - peaks["floor"]  # the floor's are the model's activations
+        memory = (
+            "memory beyond the floor's, accumulating closures",
+            lambda _, e=extra: e,
+            "≤",
+            1.0,
+        )
         for what, of, sign, goal in [*TARGETS.get(result["case"], []), memory]:
             found = of(result)
             met = found <= goal if sign == "≤" else found >= goal

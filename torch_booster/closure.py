@@ -120,15 +120,22 @@ class GradWatch:
 
     def __enter__(self) -> GradWatch:
         self.start()
-        with ExitStack() as hooks:  # Ctrl-C while they are registered takes them away again
+        self._hooks: list[Any] = []
+        try:
             for p in self._params:
-                hooks.callback(p.register_post_accumulate_grad_hook(self._note).remove)
-            self._hooks = hooks.pop_all()
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._note))
+        except BaseException:
+            self._unhook()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hooks.close()
+        self._unhook()
         self.stop()
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def start(self) -> None:
         """Begins anew: what was seen before is forgotten."""

@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_PLAIN = {Tensor, nn.Parameter}
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's dense, real view of a tensor: the shard of a DTensor, re and im of a complex one.
 
@@ -94,7 +97,7 @@ def version(grad: Tensor) -> int:
     Returns:
         A number that grows by at least one with each change.
     """
-    if _is_dtensor(grad):
+    if not _is_plain(grad) and _is_dtensor(grad):
         return grad._version + grad.to_local()._version  # type: ignore[attr-defined]
     return grad._version
 
@@ -194,7 +197,7 @@ def _flat_shard_groups(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in _PLAIN
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
