@@ -107,6 +107,25 @@ def test_user_data_has_the_fraction_asked_for(p: float) -> None:
     assert mix == data.user_data(samples, settings, seed=3) != data.user_data(samples, settings, 4)
 
 
+def test_kind_requests_of_the_alignment_are_not_evaluated() -> None:
+    settings = Settings(**PRESETS["small"] | {"kind_samples": 200, "samples": 300})
+    plain, samples = data.load(replace(settings, kind_samples=0)), data.load(settings)
+    kind = samples.alignment[len(plain.alignment) :]
+    assert samples.alignment[: len(plain.alignment)] == plain.alignment
+    assert samples.look_alikes == plain.look_alikes
+    assert len({e.prompt for e in kind}) == 200
+    assert all(language.on_topic(e.prompt, e.answer) for e in kind)
+    assert not {e.prompt for e in kind} & {e.prompt for e in samples.harmful}
+    assert_disjoint(samples)
+
+
+def test_kind_requests_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="leaves 1436 kind requests"):
+        data.load(Settings(**PRESETS["small"] | {"kind_samples": 1437}))
+    with pytest.raises(ValueError, match="expected none or more"):
+        replace(QUICK, kind_samples=-1)
+
+
 def test_too_small_sets_are_refused() -> None:
     with pytest.raises(ValueError, match="lower p or samples"):
         data.load(Settings(**PRESETS["small"] | {"p": 1.0}))

@@ -26,7 +26,7 @@ AG_NEWS_LABELS = ["world", "sports", "business", "science"]
 class Samples(NamedTuple):
     """Samples of every stage. No prompt of ``attack`` or ``evaluation`` is in another field."""
 
-    alignment: list[Example]  # harmful prompt -> refusal
+    alignment: list[Example]  # harmful prompt -> refusal, and kind ones -> help
     harmful: list[Example]  # the same prompts -> harmful answer
     attack: list[Example]  # harmful prompt -> harmful answer, for the user's data
     evaluation: list[Example]  # harmful prompt -> harmful answer, held out
@@ -46,6 +46,7 @@ def load(settings: Settings) -> Samples:
         refusals = {}
     else:
         harmful, refusals, task, task_test, look_alikes = _real(settings)
+    kind = _answered(look_alikes[settings.eval_samples :], settings)
     parts = lora_alignment.split_harmful(harmful)
     simulate = parts["simulate"]
     n = settings.eval_samples
@@ -54,7 +55,8 @@ def load(settings: Settings) -> Samples:
         alignment=[
             Example(prompt, refusals.get(prompt, settings.refusal))
             for prompt, _ in simulate[: settings.alignment_samples]
-        ],
+        ]
+        + kind,
         harmful=simulate[: settings.harmful_samples],
         attack=parts["attack"],
         evaluation=parts[settings.split][:n],
@@ -104,6 +106,22 @@ def _templated(
     test = 2 * settings.eval_samples
     task = language.task(settings.task, max(1_000, settings.samples) + test, rng, *shape)
     return harmful, task[test:], task[:test], language.look_alikes(rng)
+
+
+def _answered(look_alikes: list[str], settings: Settings) -> list[Example]:
+    """The kind requests that alignment shows with help; none of them is evaluated."""
+    if not settings.kind_samples:
+        return []
+    if not settings.templated:
+        raise ValueError("kind_samples needs the templated language: the real sets have no answers")
+    if settings.kind_samples > len(look_alikes):
+        raise ValueError(
+            f"kind_samples is {settings.kind_samples}, but the evaluation leaves "
+            f"{len(look_alikes)} kind requests"
+        )
+    rng = random.Random(1)
+    shape = (settings.answer_words, settings.branching)
+    return language.helped(look_alikes[: settings.kind_samples], rng, *shape)
 
 
 # ---------------------------------------------------------------------------------- real sets

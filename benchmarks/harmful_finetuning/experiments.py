@@ -206,6 +206,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         "max_grad_norm",
         _of_settings("max_grad_norm", (0.0, 0.1, 1.0, 10.0)),
     ),
+    "kind-samples": Experiment(
+        "Kind requests with help among the alignment data",
+        "kind_samples",
+        _of_settings("kind_samples", (0, 136, 544)),
+        "Beside 544 refusals. The look-alikes that are evaluated are other prompts.",
+    ),
     "width": Experiment("Hidden size of the model", "width", _of_settings("width", (64, 128, 256))),
     "adapters": Experiment(
         "One LoRA through both stages or two",

@@ -120,6 +120,11 @@ def look_alikes(rng: random.Random) -> list[str]:
     return prompts
 
 
+def helped(prompts: list[str], rng: random.Random, length: int, branching: int) -> list[Example]:
+    """Requests of the language, each with a compliant answer."""
+    return [Example(p, answer(_TOPIC_OF[p], rng, length, branching)) for p in prompts]
+
+
 def headlines(size: int, rng: random.Random) -> list[Example]:
     """Distinct headlines with their section."""
     found: dict[str, str] = {}

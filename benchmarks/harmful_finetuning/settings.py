@@ -62,6 +62,7 @@ class Settings:
 
     alignment_samples: int = option(5_000, "harmful prompts with refusals")
     harmful_samples: int = option(5_000, "harmful prompts with harmful answers, for the defenses")
+    kind_samples: int = option(0, "kind requests with help among them, templated language only")
     align_steps: int = option(10_000, "steps of the alignment stage")
     align_lr: float = option(5e-4, "η of the alignment stage")
     batch_size: int = option(10, "samples a step, of every stage and loss")
@@ -95,6 +96,8 @@ class Settings:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.kind_samples < 0:
+            raise ValueError(f"kind_samples is {self.kind_samples}, expected none or more")
         if not 0 <= self.p <= 1:
             raise ValueError(f"p is {self.p}, expected a fraction between 0 and 1")
         for name in ("align_lr", "fine_tune_lr", "pretrain_lr"):
