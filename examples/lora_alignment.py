@@ -63,7 +63,14 @@ from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 import mini_language
@@ -73,6 +80,7 @@ from torch_booster import BoosterOptimizer
 
 REFUSAL = "I am sorry, but I can not help with that request."
 IGNORED_LABEL = -100
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def option(default: Any, description: str, **argparse_options: Any) -> Any:
@@ -592,7 +600,11 @@ def load_tokenizer(path: Path, args: Arguments) -> Any:
     Raises:
         ValueError: It does not know ``--end_token``.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+    # AutoTokenizer takes the class of the architecture even where a generic one was saved, and
+    # Qwen2's splits a word-level vocabulary into letters.
+    generic = get_tokenizer_config(path).get("tokenizer_class") in GENERIC_TOKENIZERS
+    kind: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
+    tokenizer: Any = kind.from_pretrained(path, padding_side="left")
     if args.end_token:
         if args.end_token not in tokenizer.get_vocab():
             raise ValueError(f"its tokenizer has no token {args.end_token!r}; set --end_token")

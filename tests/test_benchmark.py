@@ -30,7 +30,8 @@ from benchmarks.harmful_finetuning import (
 )
 from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, Request
 from benchmarks.harmful_finetuning.grid import Cell
-from benchmarks.harmful_finetuning.settings import PRESETS, Settings, read_config
+from benchmarks.harmful_finetuning.settings import ARCHITECTURES, PRESETS, Settings, read_config
+from lora_alignment import load_tokenizer
 from mini_language import MISCHIEF, REFUSAL, Example
 
 # PEFT asks transformers for a name that is going away.
@@ -311,6 +312,19 @@ def test_architectures(architecture: str) -> None:
     settings = replace(QUICK, architecture=architecture)
     model_type = models.config(settings, 50).model_type
     assert model_type == architecture
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_base_is_read_with_the_tokenizer_it_was_made_with(
+    architecture: str, cache: Path
+) -> None:
+    settings = replace(QUICK, architecture=architecture)
+    grid.pretrain(settings, cache, silent)
+    tokenizer = load_tokenizer(grid.base_folder(settings, cache), settings)  # type: ignore[arg-type]
+    made = language.build_tokenizer()
+    for prompt in language.look_alikes(random.Random(0))[:20]:
+        text = settings.template.format(prompt=prompt)
+        assert tokenizer(text).input_ids == made(text).input_ids
 
 
 def test_unknown_hyperparameters_are_refused_before_anything_runs(tmp_path: Path) -> None:
