@@ -32,6 +32,21 @@ def assert_unmoved(params: list[Tensor], before: list[tuple[int, Tensor]]) -> No
         assert torch.equal(p, value)
 
 
+def test_ctrl_c_while_the_watch_begins_leaves_no_hook() -> None:
+    problem = make_problem()
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    problem.params[-1].register_post_accumulate_grad_hook = interrupted  # type: ignore[method-assign]
+    opt = BoosterOptimizer(torch.optim.SGD(problem.params, lr=0.1))
+    with pytest.raises(KeyboardInterrupt):
+        opt.regularize(problem.h_closure)
+    for p in problem.params:
+        assert not p._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        assert p.grad is None
+
+
 # A closure that raises
 
 

@@ -250,6 +250,16 @@ def test_per_group_hyperparameters_share_one_norm() -> None:
             torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-12)
 
 
+def test_a_group_whose_lam_is_zero_gets_no_gradient() -> None:
+    """Not even zeros: AdamW would let the weights decay for them."""
+    problem = make_problem()
+    inner, outer = problem.params[:2], problem.params[2:]
+    groups = [{"params": inner}, {"params": outer, "booster_lam": 0.0}]
+    BoosterOptimizer(torch.optim.AdamW(groups)).regularize(problem.h_closure)
+    assert all(p.grad is not None for p in inner)
+    assert all(p.grad is None for p in outer)
+
+
 def test_hyperparameters_can_change_during_training() -> None:
     problem = make_problem()
     params = [p.detach().clone().requires_grad_() for p in problem.params]

@@ -121,9 +121,10 @@ class GradWatch:
     def __enter__(self) -> GradWatch:
         self.start()
         self._hooks: list[Any] = []
+        note = self._note
         try:
             for p in self._params:
-                self._hooks.append(p.register_post_accumulate_grad_hook(self._note))
+                self._hooks.append(p.register_post_accumulate_grad_hook(note))
         except BaseException:
             self._unhook()
             raise
