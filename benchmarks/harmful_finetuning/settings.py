@@ -238,10 +238,23 @@ TUNED: dict[tuple[str, str], list[str]] = {
         "booster_vaccine.alpha=0.1",
         "booster_vaccine.rho=10",
     ],
+    ("small", "lora"): [
+        "lisa.rho=1",
+        "lisa.alignment_steps=100",
+        "lisa.user_steps=900",
+        "repnoise.alpha=1",
+        "repnoise.beta=0.001",
+        "vaccine.rho=10",
+        "booster.lam=1",
+        "booster.alpha=0.3",
+        "booster_vaccine.lam=1",
+        "booster_vaccine.alpha=0.3",
+        "booster_vaccine.rho=10",
+    ],
 }
 """Hyperparameters chosen on the validation split, by preset and by what is trained.
 
-By ``tuning.py``, four settings of each method on seeds 100 and 101; all scores are in
+By ``tuning.py``, four settings of each method on seeds 100 and 101 (LoRA: 100); all scores are in
 ``benchmarks/results/harmful_finetuning/``. The combinations take the values of their parts. Before
 that the learning rate of the attack was fixed on SFT alone, seed 100: with all weights its harmful
 score at p = 0.1 and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0
