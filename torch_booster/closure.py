@@ -178,6 +178,14 @@ class GradWatch:
         """Whether gradients are as autograd made them: nobody has averaged them, for one."""
         return bool(self._accumulated) and not self._edited()
 
+    def dropped(self) -> set[int]:
+        """Indices whose earlier gradient the closure zeroed, whether it then made one or not."""
+        if not self.zeroed:
+            return set()
+        made = self.reached()
+        gone = {i for i, p in enumerate(self._params) if p.grad is None or not made[i]}
+        return self.zeroed | (self._changed & gone)
+
     def reached(self) -> list[bool]:
         """Which parameters the closure gave a gradient.
 
@@ -274,7 +282,7 @@ class HarmfulPasses:
                 "train models of their own, pass independent_ranks=True."
             )
         if self._forget_zeroed:
-            for index in watch.zeroed:
+            for index in watch.dropped():
                 self._kept[index] = None
         grads = [p.grad if r else None for p, r in zip(self._params, watch.reached(), strict=True)]
         self._watch = watch
