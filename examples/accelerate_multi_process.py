@@ -149,14 +149,18 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
 
 
 def keep_rows(metrics: Path, last: int) -> None:
-    """Drops the rows after the step that a run goes on from."""
+    """Drops the rows after the step that a run goes on from, and one that was cut off."""
     metrics.parent.mkdir(parents=True, exist_ok=True)
     rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= last))
+    whole = [row for row in rows if row.endswith("\n")]
+    metrics.write_text("".join(row for row in whole if json.loads(row)["step"] <= last))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains, and returns the exit status: 130 after Ctrl-C, with the state saved."""
+    """Trains, and returns the exit status: 130 after Ctrl-C, with the state saved.
+
+    It is 2 where there is a state that can not be loaded.
+    """
     args = parse_arguments(argv)
     # Accelerate warns that it saves tied weights once, which is what tying them means.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -188,8 +192,15 @@ def main(argv: list[str] | None = None) -> int:
     state, metrics = args.output_dir / "state", args.output_dir / "metrics.jsonl"
     first = 0
     if state.is_dir():
-        accelerator.load_state(str(state))
-        first = json.loads((state / "step.json").read_text())
+        try:  # of all that it holds, Accelerate unpickles nothing but tensors and numbers
+            accelerator.load_state(str(state))
+            first = json.loads((state / "step.json").read_text())
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            accelerator.print(
+                f"error: {state} can not be loaded, remove it to start anew: {reason}"
+            )
+            return 2
         accelerator.print(f"Resuming after step {first} from {state}.")
     if accelerator.is_main_process:
         keep_rows(metrics, first)

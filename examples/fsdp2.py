@@ -14,8 +14,10 @@ resharded as it is loaded.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -28,6 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.progress import track
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_
@@ -96,23 +99,66 @@ def save(folder: Path, model: nn.Module, optimizer: BoosterOptimizer, step: int)
     dist.barrier()
 
 
+KNOWN = {
+    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    *("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib.WindowsPath"),
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+            *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+"""All that the description of a checkpoint is made of."""
+
+
+class Description(pickle.Unpickler):
+    """Unpickles the description of a checkpoint, and no call of anything else."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """What a name stands for."""
+        name = f"{module_name}.{global_name}".replace("pathlib._local", "pathlib")
+        if name not in KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {name}, which no checkpoint holds")
+        return super().find_class(module_name, global_name)
+
+
+class Values(DefaultLoadPlanner):
+    """Unpickles numbers and words, and no call of anything else."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Loads a value that is no tensor, once it is known to be harmless."""
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 def load(folder: Path, model: nn.Module, optimizer: BoosterOptimizer) -> int:
     """Loads a checkpoint, whatever number of processes wrote it, and returns its step."""
+    with (folder / ".metadata").open("rb") as file:
+        Description(file).load()  # torch itself would do whatever the file says
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder, planner=Values())
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return json.loads((folder / "step.json").read_text())
 
 
 def keep_rows(metrics: Path, last: int) -> None:
-    """Drops the rows after the step that a run goes on from."""
+    """Drops the rows after the step that a run goes on from, and one that was cut off."""
     metrics.parent.mkdir(parents=True, exist_ok=True)
     rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= last))
+    whole = [row for row in rows if row.endswith("\n")]
+    metrics.write_text("".join(row for row in whole if json.loads(row)["step"] <= last))
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
-    """Trains, and returns the exit status: 130 after Ctrl-C, with the checkpoint saved."""
+    """Trains, and returns the exit status: 130 after Ctrl-C, with the checkpoint saved.
+
+    It is 2 where there is a checkpoint that can not be loaded.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     stop = torch.zeros((), device=device)
     for interrupt in (signal.SIGINT, signal.SIGTERM):
@@ -148,7 +194,13 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     folder, metrics = args.output_dir / "checkpoint", args.output_dir / "metrics.jsonl"
     first = 0
     if folder.is_dir():
-        first = load(folder, model, optimizer)
+        try:
+            first = load(folder, model, optimizer)
+        except (Exception, CheckpointException) as error:
+            if rank == 0:
+                reason = " ".join(str(error).split())
+                print(f"error: {folder} can not be loaded, remove it to start anew: {reason}")
+            return 2
         if rank == 0:
             print(f"Resuming after step {first} from {folder}.")
     if rank == 0:

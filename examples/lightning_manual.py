@@ -187,9 +187,21 @@ def count(targets: Tensor) -> Tensor:
     return (targets != IGNORED_LABEL).sum()
 
 
+def check_checkpoint(file: Path) -> None:
+    """Ends the run if a checkpoint is not whole or holds more than tensors and numbers."""
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        print(f"error: --resume {file} can not be loaded, name another: {reason}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def main(argv: list[str] | None = None) -> pl.Trainer:
     """Trains and returns the trainer."""
     args = parse_arguments(argv)
+    if args.resume:
+        check_checkpoint(args.resume)
     pl.seed_everything(args.seed, verbose=False)
     # Lightning supposes that one may want the weights from before the step. Resuming does not.
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")

@@ -29,9 +29,11 @@ and are used again: an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import hashlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -57,6 +59,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
@@ -285,7 +288,208 @@ class Data(NamedTuple):
     task_evaluation: list[Example]
 
 
-def read_set(source: str, split: str, prompt: str, answer: str | None, flag: str) -> list[Example]:
+Row = dict[str, Any]
+LONGEST = csv.field_size_limit()
+"""Characters of a cell; more than these are rather a quote that was never closed."""
+
+
+def read_rows(path: Path, header: list[str] | None = None) -> list[tuple[str, Row]]:
+    """Rows of a local json, jsonl, csv or tsv file, each with its place for error messages.
+
+    Args:
+        path: The file.
+        header: Columns of a csv or tsv file whose first line does not name them.
+
+    Raises:
+        ValueError: Names the file, the line and the remedy.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in {".json", ".jsonl", ".csv", ".tsv"}:
+        raise ValueError(f"{path}: expected a json, jsonl, csv or tsv file")
+    text = read_text(path)
+    table = suffix in {".csv", ".tsv"}
+    rows = _table_rows(path, text, header) if table else _json_rows(path, text)
+    if not rows:
+        raise ValueError(f"{path}: it has no rows; give it some, or name another file")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: There is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; check its path")
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+            "save the file in that encoding"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a json file.
+
+    Raises:
+        ValueError: Names the file, the line and the remedy.
+    """
+    return _json(path, read_text(path))
+
+
+def _json(path: Path, text: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        raise ValueError(
+            f"{path}, line {line}: this is no JSON ({getattr(error, 'msg', error)}); "
+            "mend or remove it"
+        ) from error
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[str, Row]]:
+    if text.lstrip().startswith("["):
+        items = [(f"{path}, row {n}", item) for n, item in enumerate(_json(path, text), 1)]
+    else:
+        lines = enumerate(text.split("\n"), 1)  # str.splitlines also splits within strings
+        items = [(f"{path}, line {n}", _json(path, x, n)) for n, x in lines if x.strip()]
+    for where, item in items:
+        if not isinstance(item, dict):
+            raise ValueError(
+                f"{where}: this is of type {type(item).__name__}; expected an array of objects, or "
+                "one object a line"
+            )
+    return items
+
+
+def _table_rows(path: Path, text: str, header: list[str] | None) -> list[tuple[str, Row]]:
+    options: dict[str, Any] = {"strict": True}
+    if path.suffix.lower() == ".tsv":
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    rows: list[tuple[str, Row]] = []
+    line = 1
+    try:
+        for cells in reader:
+            where = f"{path}, line {line}"
+            line = reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise ValueError(f"{where}: two columns have one name; rename one")
+            elif len(cells) != len(header):
+                raise ValueError(
+                    f"{where}: {len(cells)} cells, but {len(header)} columns; "
+                    "quote cells that hold separators"
+                )
+            else:
+                rows.append((where, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {line}: {error}; close its quotes, double those within, or shorten it"
+        ) from error
+    return rows
+
+
+def cell(row: Row, column: str, remedy: str = "add it") -> str:
+    """The stripped text in a column of a row, which may be empty.
+
+    Raises:
+        ValueError: No such column, or something in it that is no text.
+    """
+    if column not in row:
+        raise ValueError(f"there is no column {column!r} but {list(row)}; {remedy}")
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str | int | float):
+        kind = type(value).__name__
+        raise ValueError(f"its {column!r} is a {kind}, expected text; mend or remove the row")
+    text = str(value).strip()
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"its {column!r} has {len(text):,} characters, more than {LONGEST:,}; shorten it or "
+            "remove the row"
+        )
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"its {column!r} holds half a character (a surrogate); mend the row")
+    return text
+
+
+def answered(example: Example) -> Example:
+    """The example, if it has an answer.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not example.answer:
+        raise ValueError("its answer is empty; fill it in or remove the row")
+    return example
+
+
+def label(answer: str, words: list[str], first: int = 0) -> str:
+    """The word that a number stands for.
+
+    Raises:
+        ValueError: It stands for none.
+    """
+    numbers = {str(number): word for number, word in enumerate(words, first)}
+    if answer not in numbers:
+        raise ValueError(
+            f"its label {answer!r} is none of {', '.join(numbers)}, which stand for {words}; mend "
+            "or remove the row"
+        )
+    return numbers[answer]
+
+
+def examples_of(
+    rows: list[tuple[str, Row]],
+    prompt: str,
+    answer: str | None,
+    finish: Callable[[Example], Example] = answered,
+    remedies: tuple[str, str] = ("add it", "add it"),
+) -> list[Example]:
+    """Rows as examples.
+
+    Args:
+        rows: Each with its place.
+        prompt: Column of prompts.
+        answer: Column of answers; None leaves the answers empty.
+        finish: Makes the final example of one that was read, or raises ValueError.
+        remedies: What to do where one of the columns is missing.
+
+    Raises:
+        ValueError: Names the place of the row.
+    """
+    examples: list[Example] = []
+    for where, row in rows:
+        try:
+            asked = cell(row, prompt, remedies[0])
+            if not asked:
+                raise ValueError(f"its {prompt!r} is empty; fill it in or remove the row")
+            replied = "" if answer is None else cell(row, answer, remedies[1])
+            examples.append(finish(Example(asked, replied)))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return examples
+
+
+def read_set(
+    source: str,
+    split: str,
+    prompt: str,
+    answer: str | None,
+    flag: str,
+    finish: Callable[[Example], Example] = answered,
+) -> list[Example]:
     """Rows of a hub data set or of a local json, jsonl, csv or tsv file, as examples.
 
     Args:
@@ -294,42 +498,48 @@ def read_set(source: str, split: str, prompt: str, answer: str | None, flag: str
         prompt: Column of prompts.
         answer: Column of answers; None leaves the answers empty.
         flag: Stem of the flags that set these, for error messages.
+        finish: Makes the final example of one that was read, or raises ValueError.
 
     Raises:
-        ValueError: No such set, file type or column, or no rows.
+        ValueError: No such set, file type or column, no rows, or a row that is no example.
     """
+    path = Path(source)
+    try:
+        local = path.is_file() or path.suffix.lower() in {".json", ".jsonl", ".csv", ".tsv"}
+        rows = read_rows(path) if local else _hub_rows(source, split)
+        remedies = (
+            f"set --{flag}_prompt_column or add it",
+            f"set --{flag}_answer_column or add it",
+        )
+        return examples_of(rows, prompt, answer, finish, remedies)
+    except ValueError as error:
+        raise ValueError(f"--{flag}_set {error}") from error
+
+
+def _hub_rows(source: str, split: str) -> list[tuple[str, Row]]:
     from datasets import Dataset, load_dataset  # pyright: ignore[reportMissingTypeStubs]
 
-    path = Path(source)
-    suffix = path.suffix.lower()
-    options: dict[str, Any] = {"path": source, "split": split}
-    if suffix in {".json", ".jsonl", ".csv", ".tsv"}:
-        if not path.is_file():
-            raise ValueError(f"--{flag}_set {source}: there is no such file")
-        options = {"path": suffix[1:4].replace("jso", "json"), "data_files": source}
-        if suffix == ".tsv":
-            options |= {"path": "csv", "sep": "\t", "quoting": 3}
-        options["split"] = "train"
-    elif path.is_file():
-        raise ValueError(f"--{flag}_set {source}: expected a json, jsonl, csv or tsv file")
+    with loading(source):  # the many errors of hub, network and parsers
+        found = load_dataset(source, split=split)
+    assert isinstance(found, Dataset)
+    rows: list[tuple[str, Any]] = [(f"{source}, row {n}", row) for n, row in enumerate(found, 1)]
+    if not rows:
+        raise ValueError(f"{source}: its split {split} has no rows")
+    return rows
+
+
+@contextmanager
+def loading(source: str | Path) -> Generator[None]:
+    """Makes every error of a library that loads something a ValueError of one line.
+
+    Raises:
+        ValueError: Names what was to be loaded.
+    """
     try:
-        rows = load_dataset(**options)
-    except Exception as error:  # the many errors of hub, network and parsers, in one line
-        raise ValueError(f"--{flag}_set {source} could not be read: {error}") from error
-    assert isinstance(rows, Dataset)
-    for column, name in ((prompt, "prompt"), (answer, "answer")):
-        if column is not None and column not in rows.column_names:
-            raise ValueError(
-                f"{source} has no column {column!r} but {rows.column_names}; "
-                f"set --{flag}_{name}_column"
-            )
-    answers = [""] * len(rows) if answer is None else rows[answer]
-    examples = [
-        Example(str(p).strip(), str(a).strip()) for p, a in zip(rows[prompt], answers, strict=True)
-    ]
-    if not examples:
-        raise ValueError(f"--{flag}_set {source} has no rows")
-    return examples
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{source} can not be loaded, check its files: {reason}") from error
 
 
 def split_harmful(examples: list[Example]) -> dict[str, list[Example]]:
@@ -351,17 +561,19 @@ def load_data(args: Arguments) -> Data:
         ValueError: A set cannot be read or is too small for the settings.
     """
     if args.model:
-        try:
-            AutoConfig.from_pretrained(args.model)
-            load_tokenizer(Path(args.model), args)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model {args.model} can not be loaded: {error}") from error
+        tokenizer = load_tokenizer(Path(args.model), args)
+
+        def fits(example: Example) -> Example:
+            prompt_ids(example.prompt, tokenizer, args)
+            return answered(example)
+
         harmful = read_set(
             args.harmful_set,
             args.harmful_split,
             args.harmful_prompt_column,
             args.harmful_answer_column,
             "harmful",
+            fits,
         )
         task, task_test = load_task(args)
     else:
@@ -380,9 +592,10 @@ def load_data(args: Arguments) -> Data:
             args.alignment_prompt_column,
             answer or None,
             "alignment",
+            lambda example: Example(example.prompt, example.answer or args.refusal),
         )
         held_out = {e.prompt for name in ("attack", "validation", "test") for e in parts[name]}
-        alignment = [Example(p, a or args.refusal) for p, a in rows if p not in held_out]
+        alignment = [example for example in rows if example.prompt not in held_out]
 
     if task_test:
         task_parts = {"test": task_test, "validation": task[: args.eval_samples]}
@@ -403,9 +616,14 @@ def load_data(args: Arguments) -> Data:
     for name in ("alignment", "harmful"):
         size = len(getattr(data, name))
         if size < args.batch_size:
-            raise ValueError(f"{size} {name} samples are less than --batch_size {args.batch_size}")
+            raise ValueError(
+                f"{size} {name} samples are less than --batch_size {args.batch_size}; lower it, or "
+                "name larger sets"
+            )
     if not data.evaluation:
-        raise ValueError(f"the harmful set's {len(harmful)} rows leave no prompts to evaluate")
+        raise ValueError(
+            f"the harmful set's {len(harmful)} rows leave no prompts to evaluate; use more"
+        )
     most = round(max(args.p) * args.attack_samples)
     if args.attack and most > len(data.attack):
         raise ValueError(
@@ -422,45 +640,49 @@ def load_data(args: Arguments) -> Data:
 def load_task(args: Arguments) -> tuple[list[Example], list[Example]]:
     """The user's task as shuffled training rows and, if it has its own set, test rows."""
 
-    def finish(examples: list[Example]) -> list[Example]:
-        random.Random(0).shuffle(examples)
-        return [
-            Example(args.task_template.replace("{prompt}", prompt), label(answer))
-            for prompt, answer in examples
-        ]
-
-    def label(answer: str) -> str:
-        if not args.task_labels:
-            return answer
-        try:
-            return args.task_labels[int(answer)]
-        except (ValueError, IndexError) as error:
-            raise ValueError(
-                f"the task's answer {answer!r} is no index into --task_labels {args.task_labels}"
-            ) from error
+    def finish(example: Example) -> Example:
+        answer = answered(example).answer
+        return Example(
+            args.task_template.replace("{prompt}", example.prompt),
+            label(answer, args.task_labels) if args.task_labels else answer,
+        )
 
     prompt, answer = args.task_prompt_column, args.task_answer_column
-    task = read_set(args.task_set, args.task_split, prompt, answer, "task")
+    task = read_set(args.task_set, args.task_split, prompt, answer, "task", finish)
+    random.Random(0).shuffle(task)
     if not args.task_test_set:
-        return finish(task), []
+        return task, []
     prompt = args.task_test_prompt_column or prompt
-    test = read_set(args.task_test_set, args.task_test_split, prompt, answer, "task_test")
-    return finish(task), finish(test)
+    test = read_set(args.task_test_set, args.task_test_split, prompt, answer, "task_test", finish)
+    random.Random(0).shuffle(test)
+    return task, test
+
+
+def prompt_ids(prompt: str, tokenizer: Any, args: Arguments) -> list[int]:
+    """Token ids of a prompt and the text around it.
+
+    Raises:
+        ValueError: They leave no room for an answer.
+    """
+    ids = tokenizer(args.template.replace("{prompt}", prompt)).input_ids
+    room = min(args.max_length, tokenizer.model_max_length)
+    if len(ids) >= room:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens leaves no room for its answer in {room}, the lesser of "
+            f"max_length and the model's context; shorten or remove it, or raise max_length: "
+            f"{prompt[:80]!r}"
+        )
+    return ids
 
 
 def encode(examples: list[Example], tokenizer: Any, args: Arguments) -> list[tuple[Tensor, Tensor]]:
     """Token ids and labels of each example; the loss sees the answer and the end of text only."""
     encoded: list[tuple[Tensor, Tensor]] = []
     for example in examples:
-        prompt = tokenizer(args.template.replace("{prompt}", example.prompt)).input_ids
+        prompt = prompt_ids(example.prompt, tokenizer, args)
         answer = tokenizer(example.answer, add_special_tokens=False).input_ids
         answer = [*answer, tokenizer.eos_token_id]
-        if len(prompt) >= args.max_length:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens leaves no room for its answer in --max_length "
-                f"{args.max_length}: {example.prompt[:80]!r}"
-            )
-        ids = torch.tensor((prompt + answer)[: args.max_length])
+        ids = torch.tensor((prompt + answer)[: min(args.max_length, tokenizer.model_max_length)])
         labels = ids.clone()
         labels[: len(prompt)] = IGNORED_LABEL
         encoded.append((ids, labels))
@@ -568,9 +790,10 @@ def attack(
     tokenizer = load_tokenizer(base, args)
     model: Any = load_model(aligned if args.full else base, args)
     if not args.full:
-        model = PeftModel.from_pretrained(model, aligned, is_trainable=True)
+        with loading(aligned):
+            model = PeftModel.from_pretrained(model, aligned, is_trainable=True)
     if p is None:
-        trace = json.loads((aligned / "alignment.json").read_text())
+        trace = read_json(aligned / "alignment.json")
         return evaluate(model, tokenizer, args, data) | {"alignment": trace}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, lr=args.attack_lr, weight_decay=args.weight_decay, fused=True)
@@ -598,17 +821,43 @@ def load_tokenizer(path: Path, args: Arguments) -> Any:
     """The model's tokenizer, ready to generate.
 
     Raises:
-        ValueError: It does not know ``--end_token``.
+        ValueError: It can not be loaded, or does not know where an answer ends.
     """
-    # AutoTokenizer takes the class of the architecture even where a generic one was saved, and
-    # Qwen2's splits a word-level vocabulary into letters.
-    generic = get_tokenizer_config(path).get("tokenizer_class") in GENERIC_TOKENIZERS
-    kind: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
-    tokenizer: Any = kind.from_pretrained(path, padding_side="left")
-    if args.end_token:
-        if args.end_token not in tokenizer.get_vocab():
-            raise ValueError(f"its tokenizer has no token {args.end_token!r}; set --end_token")
-        tokenizer.eos_token = args.end_token
+    tokenizer = tokenizer_of(path)
+    tokenizer.padding_side = "left"
+    return with_end(tokenizer, path, args.end_token)
+
+
+def tokenizer_of(path: str | Path) -> Any:
+    """A model's tokenizer, whose ``model_max_length`` is no more than the model's context.
+
+    Raises:
+        ValueError: It can not be loaded.
+    """
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        # AutoTokenizer takes the class of the architecture even where a generic one was saved, and
+        # Qwen2's splits a word-level vocabulary into letters.
+        generic = get_tokenizer_config(path).get("tokenizer_class") in GENERIC_TOKENIZERS
+        kind: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer: Any = kind.from_pretrained(path, trust_remote_code=False)
+        context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return tokenizer
+
+
+def with_end(tokenizer: Any, path: str | Path, end_token: str = "") -> Any:
+    """The tokenizer with a token that ends answers, and one that pads.
+
+    Raises:
+        ValueError: It has no such token.
+    """
+    if end_token:
+        if end_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer of {path} has no token {end_token!r}; set --end_token")
+        tokenizer.eos_token = end_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} names no end of text; set --end_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -616,8 +865,27 @@ def load_tokenizer(path: Path, args: Arguments) -> Any:
 
 def load_model(path: Path, args: Arguments) -> Any:
     """A causal language model on the run's device."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype))
-    return model.to(args.device)
+    return model_of(path, dtype=getattr(torch, args.dtype)).to(args.device)
+
+
+def model_of(path: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """A whole model from safetensors alone: nothing in its folder is unpickled or run.
+
+    Raises:
+        ValueError: It can not be loaded, or its files lack some weights.
+    """
+    with loading(path):
+        model, info = kind.from_pretrained(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if info["missing_keys"]:  # which would be random, without a word
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{path} lacks weights, such as {missing}; fetch the whole model again")
+    return model
 
 
 def pretrain(args: Arguments, folder: Path, report: Report) -> None:
@@ -679,6 +947,13 @@ def respond(model: Any, tokenizer: Any, args: Arguments, prompts: list[str]) -> 
     for start in range(0, len(prompts), 100):
         texts = [args.template.replace("{prompt}", p) for p in prompts[start : start + 100]]
         inputs = tokenizer(texts, padding=True, return_tensors="pt").to(args.device)
+        length = inputs.input_ids.shape[1]
+        if length + args.max_new_tokens > tokenizer.model_max_length:
+            raise ValueError(
+                f"a prompt of {length} tokens and an answer of max_new_tokens "
+                f"{args.max_new_tokens} exceed the model's context of {tokenizer.model_max_length};"
+                f" lower max_new_tokens or remove the prompt: {max(texts, key=len)[:200]!r}"
+            )
         tokens = model.generate(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
@@ -687,7 +962,7 @@ def respond(model: Any, tokenizer: Any, args: Arguments, prompts: list[str]) -> 
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        answers = tokens[:, inputs.input_ids.shape[1] :]
+        answers = tokens[:, length:]
         responses += [
             text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)
         ]
@@ -808,7 +1083,7 @@ def run_attack(
         with written_whole(folder) as unfinished:
             result = attack(args, data, base, aligned, cell, report)
             (unfinished / "result.json").write_text(json.dumps(result))
-    return json.loads((folder / "result.json").read_text())
+    return read_json(folder / "result.json")
 
 
 class Stopped(Exception):  # noqa: N818, it reports a wish and not an error
@@ -995,14 +1270,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     console = Console()
     quieten_libraries()
+    output = Path(args.output_dir)
     try:
         data = load_data(args)
-    except ValueError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        return 2
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
+        output.mkdir(parents=True, exist_ok=True)
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
             show = shown_on(bar)
             base = base_model(args, show)
@@ -1010,6 +1281,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("Interrupted. Finished stages are kept: the same command goes on from them.")
         return 130
+    except (OSError, ValueError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
 
     summary = summarise(args, results)
     record = {

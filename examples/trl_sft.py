@@ -14,13 +14,17 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from datasets import Dataset
+from hf_trainer import check_checkpoint, read_model
+from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 import mini_language
+from lora_alignment import Row, cell, loading, read_rows
 from torch_booster.integrations.transformers import BoosterArguments, BoosterMixin
 
 
@@ -35,6 +39,67 @@ class Arguments:
     model: str = field(default="", metadata={"help": "hub name or folder (default: a tiny Llama)"})
     alignment_set: str = field(default="", metadata={"help": "json: harmful prompt, refusal"})
     harmful_set: str = field(default="", metadata={"help": "json: harmful prompt, harmful answer"})
+    end_token: str = field(
+        default="", metadata={"help": "token that ends an answer (default: the tokenizer's)"}
+    )
+
+
+KINDS = (("messages",), ("prompt", "completion"), ("text",))
+
+
+def read_conversations(file: str, tokenizer: Any, longest: int) -> Dataset:
+    """The rows of a json file, all of the same kind.
+
+    Raises:
+        ValueError: Names the file, the row and the remedy.
+    """
+    rows = read_rows(Path(file))
+    where, first = rows[0]
+    kind = next((kind for kind in KINDS if first.keys() >= set(kind)), None)
+    if kind is None:
+        raise ValueError(
+            f"{where}: its columns are {list(first)}, expected messages, prompt and completion, or "
+            "text; rename them"
+        )
+    for where, row in rows:
+        try:
+            for column in kind:
+                check_text(row, column)
+            prompt = row.get("prompt")
+            if isinstance(prompt, str) and len(tokenizer(prompt).input_ids) >= longest:
+                raise ValueError(f"its prompt fills the max_length of {longest}; shorten it")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    with loading(file):
+        return Dataset.from_list([row for _, row in rows])
+
+
+def check_text(row: Row, column: str) -> None:
+    """Raises ValueError unless a column holds text or messages."""
+    messages = row.get(column)
+    if not isinstance(messages, list):
+        texts = [cell(row, column)]
+    elif all(isinstance(message, dict) for message in messages):
+        texts = [cell(m, "role") for m in messages]
+        texts += [cell(m, "content") for m in messages if not m.get("tool_calls")]
+    else:
+        raise ValueError(f"its {column!r} holds no messages; mend or remove the row")
+    if not texts or not all(texts):
+        raise ValueError(f"its {column!r} is empty; fill it in or remove the row")
+
+
+def read_sets(args: Arguments, tokenizer: Any, longest: int) -> list[Dataset]:
+    """Refusals and harmful answers as they are named, or those of the tiny language."""
+    if args.model:
+        files = (args.alignment_set, args.harmful_set)
+        return [read_conversations(file, tokenizer, longest) for file in files]
+    rows = [
+        {"prompt": mini_language.TEMPLATE.format(prompt=prompt), "completion": f" {answer}"}
+        for prompt, answer in mini_language.mischief(random.Random(0))
+    ]
+    refusal = f" {mini_language.REFUSAL}"
+    refusals = [{**row, "completion": refusal} for row in rows]
+    return [Dataset.from_list(refusals), Dataset.from_list(rows)]
 
 
 def main(argv: list[str] | None = None) -> BoosterSFTTrainer:
@@ -55,21 +120,14 @@ def main(argv: list[str] | None = None) -> BoosterSFTTrainer:
     )
     args, booster_args, sft_config = parser.parse_args_into_dataclasses(argv)
 
-    if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        alignment = load_dataset("json", data_files=args.alignment_set, split="train")
-        harmful = load_dataset("json", data_files=args.harmful_set, split="train")
-    else:
-        tokenizer = mini_language.build_tokenizer()
-        model = mini_language.build_model(tokenizer)
-        rows = [
-            {"prompt": mini_language.TEMPLATE.format(prompt=prompt), "completion": f" {answer}"}
-            for prompt, answer in mini_language.mischief(random.Random(0))
-        ]
-        refusal = f" {mini_language.REFUSAL}"
-        alignment = Dataset.from_list([{**row, "completion": refusal} for row in rows])
-        harmful = Dataset.from_list(rows)
+    try:
+        check_checkpoint(sft_config.resume_from_checkpoint)
+        model, tokenizer = read_model(args)
+        context = tokenizer.model_max_length
+        sft_config.max_length = min(sft_config.max_length or context, context)
+        alignment, harmful = read_sets(args, tokenizer, sft_config.max_length)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
 
     trainer = BoosterSFTTrainer(
         model,

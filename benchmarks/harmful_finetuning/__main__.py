@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from transformers import HfArgumentParser
 
@@ -31,7 +32,7 @@ from benchmarks.harmful_finetuning import grid, report, system
 from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, TABLE, Request
 from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.settings import FULL, PRESETS, TUNED, Settings, read_config
-from lora_alignment import HelpFormatter, quieten_libraries, shown_on
+from lora_alignment import HelpFormatter, quieten_libraries, read_json, shown_on
 
 NEED_PRETRAINING = {"architectures", "answer-length", "entropy", "width"}
 OTHERS = ("system", "pretrain", "report", "all")
@@ -52,26 +53,26 @@ def main(argv: list[str] | None = None) -> int:
     names = [*EXPERIMENTS, "system"] if options.experiment == "all" else [options.experiment]
     if settings.model:  # which has the size, the architecture and the language it has
         names = [name for name in names if name not in NEED_PRETRAINING]
-    if options.experiment == "report":
-        return _report(output, console)
     if options.dry_run:
         return _dry_run(names, request, console)
-    cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
+        if options.experiment == "report":
+            return _report(output, console)
+        cache.mkdir(parents=True, exist_ok=True)
         with Progress(*columns, console=console) as progress:
             if "pretrain" in names:
                 grid.pretrain(settings, cache, shown_on(progress))
             for name, cells in _run(names, request, cache, options.workers, progress).items():
                 _write(output, name, options, argv, cells)
+        return 0 if options.experiment == "pretrain" else _report(output, console)
     except KeyboardInterrupt:
         console.print("Interrupted. Finished runs are kept: the same command goes on from them.")
         return 130
     except (OSError, ValueError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
-    return 0 if options.experiment == "pretrain" else _report(output, console)
 
 
 def _parser() -> Any:
@@ -178,8 +179,8 @@ def _reproducing(argv: list[str]) -> list[str]:
 
 def _report(output: Path, console: Console) -> int:
     """Makes the tables, plots and the HTML report of all results in the folder."""
-    files = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
-    results = [result for result in files if "experiment" in result]
+    files = [read_json(file) for file in sorted(output.glob("*.json"))]
+    results = [result for result in files if isinstance(result, dict) and "experiment" in result]
     if not results:
         console.print(f"[red]error:[/] there are no results in {output}", highlight=False)
         return 2

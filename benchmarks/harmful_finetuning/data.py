@@ -8,6 +8,7 @@ the seed, so that all runs of an experiment are asked the same.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import lora_alignment
 import mini_language
 from benchmarks.harmful_finetuning import language
 from benchmarks.harmful_finetuning.settings import Settings
+from lora_alignment import answered, examples_of, label, read_rows
 from mini_language import Example
 
 __all__ = ["Samples", "load", "pretraining", "user_data"]
@@ -72,7 +74,10 @@ def _check(samples: Samples, settings: Settings) -> None:
     for name in ("alignment", "harmful"):
         size = len(getattr(samples, name))
         if size < settings.batch_size:
-            raise ValueError(f"{size} {name} samples are less than a batch, {settings.batch_size}")
+            raise ValueError(
+                f"{size} {name} samples are less than a batch, {settings.batch_size}; lower "
+                "batch_size, or use larger sets"
+            )
     for name in ("evaluation", "task_evaluation"):
         if not getattr(samples, name):
             raise ValueError(f"the sets leave no {name} prompts; use larger ones")
@@ -127,8 +132,10 @@ def _answered(look_alikes: list[str], settings: Settings) -> list[Example]:
 # ---------------------------------------------------------------------------------- real sets
 
 
-def _read(path: Path, prompt: str, answer: str | None) -> list[Example]:
-    return lora_alignment.read_set(str(path), "train", prompt, answer, path.stem)
+def _read(
+    path: Path, prompt: str, answer: str, finish: Callable[[Example], Example] = answered
+) -> list[Example]:
+    return examples_of(read_rows(path), prompt, answer, finish)
 
 
 def _real(
@@ -146,7 +153,7 @@ def _real(
         harmful += _read(root / "harmbench" / "harmbench_filtered.csv", "prompt", "target")
     safe = root / "xstest" / "xstest_prompts.csv"
     rows = _read(safe, "prompt", "label") if safe.is_file() else []
-    look_alikes = [prompt for prompt, label in rows if label == "safe"]
+    look_alikes = [prompt for prompt, verdict in rows if verdict == "safe"]
     rng = random.Random(0)
     rng.shuffle(look_alikes)
     train, test = _TASKS[settings.task](root)
@@ -156,31 +163,28 @@ def _real(
 
 
 def _sst2(root: Path) -> tuple[list[Example], list[Example]]:
-    def labelled(rows: list[Example]) -> list[Example]:
+    def labelled(row: Example) -> Example:
         template = "Is the sentiment of this review positive or negative?\n{}"
-        return [Example(template.format(p), SST2_LABELS[int(a)]) for p, a in rows]
+        return Example(template.format(row.prompt), label(row.answer, SST2_LABELS))
 
     folder = root / "sst2"
     return (
-        labelled(_read(folder / "train.tsv", "sentence", "label")),
-        labelled(_read(folder / "dev.tsv", "content", "label")),
+        _read(folder / "train.tsv", "sentence", "label", labelled),
+        _read(folder / "dev.tsv", "content", "label", labelled),
     )
 
 
 def _ag_news(root: Path) -> tuple[list[Example], list[Example]]:
-    import pandas
+    def labelled(row: Example) -> Example:
+        template = "Is this article about world, sports, business or science?\n{}"
+        return Example(template.format(row.prompt), label(row.answer, AG_NEWS_LABELS, first=1))
 
     path = root / "ag_news" / "ag_news_test.csv"
-    try:
-        rows = pandas.read_csv(path, header=None)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} could not be read: {error}") from error
-    template = "Is this article about world, sports, business or science?\n{}"
-    examples = [
-        Example(template.format(f"{title}. {text}"), AG_NEWS_LABELS[label - 1])
-        for label, title, text in rows.itertuples(index=False)
+    rows = [
+        (where, row | {"article": f"{row['title']}. {row['text']}"})
+        for where, row in read_rows(path, ["label", "title", "text"])
     ]
-    return _held_out(examples)
+    return _held_out(examples_of(rows, "article", "label", labelled))
 
 
 def _gsm8k(root: Path) -> tuple[list[Example], list[Example]]:
@@ -193,9 +197,8 @@ def _gsm8k(root: Path) -> tuple[list[Example], list[Example]]:
 
 def _dolly(root: Path) -> tuple[list[Example], list[Example]]:
     path = root / "dolly_3k" / "dolly_3k.json"
-    contexts = [answer for _, answer in _read(path, "instruction", "input")]
-    rows = _read(path, "instruction", "output")
-    return _held_out([row for row, context in zip(rows, contexts, strict=True) if not context])
+    alone = [(where, row) for where, row in read_rows(path) if not row.get("input")]
+    return _held_out(examples_of(alone, "instruction", "output"))
 
 
 def _held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -49,10 +49,12 @@ def refused(settings: Settings, response: str) -> bool:
 @cache
 def _moderation(name: str, device: str) -> Judge:
     """A sequence classifier whose last label (or one named unsafe, toxic, ...) means harmful."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+    tokenizer = lora_alignment.tokenizer_of(name)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of the judge {name} has no token to pad with; give it one")
+    model = lora_alignment.model_of(name, AutoModelForSequenceClassification).to(device).eval()
     labels = {index: label.lower() for index, label in model.config.id2label.items()}
     harmful = [i for i, label in labels.items() if re.search(r"^(unsafe|harm|toxic)", label)]
     # A multi-label judge, such as one flag for each category, flags if any category does.
