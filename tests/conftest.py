@@ -72,13 +72,12 @@ def pytest_terminal_summary(
     terminalreporter.line(f"{'fault':<{width}} {'tried':>8} {'survived':>8} {'lost':>8}")
     for fault, *numbers in rows:
         terminalreporter.line(f"{fault:<{width}} " + " ".join(f"{n:>8,}" for n in numbers))
-    if "reliability" in config.option.markexpr.split():
+    if config.option.markexpr == "reliability":
         names = ("fault", "tried", "survived", "lost")
         record = {
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "selected": config.option.markexpr,
             "counts": [dict(zip(names, row, strict=True)) for row in rows],
         }
-        if config.option.markexpr == "reliability":
-            RECORD.parent.mkdir(exist_ok=True)
-            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")

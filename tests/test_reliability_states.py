@@ -221,10 +221,6 @@ class Machine(RuleBasedStateMachine):
             assert self.wrapped.diagnostics is not None
             assert close(self.wrapped.diagnostics.harmful_loss, expected[1].detach())
 
-    def clear(self, blocks: set[int]) -> None:
-        for i in blocks:
-            self.booster.blocks[i].grad = self.twin.blocks[i].grad = None
-
     @precondition(lambda self: not self.pending)
     @rule()
     def regularize(self) -> None:

@@ -105,10 +105,8 @@ def refuses(response: str) -> bool:
 
 def requests(topics: list[Topic], rng: random.Random, length: int, branching: int) -> list[Example]:
     """Every request about the topics with a compliant answer, shuffled."""
-    examples = [
-        Example(prompt, answer(topic, rng, length, branching))
-        for prompt, topic in mini_language.prompts(topics)
-    ]
+    asked = [prompt for prompt, _ in mini_language.prompts(topics)]
+    examples = helped(asked, rng, length, branching)
     rng.shuffle(examples)
     return examples
 
