@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,33 @@ def test_errors_of_the_user(
         __main__.main(argv)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "must be a JSON object of settings, got [1]"),
+        ('{"p": 0.1,}', "config.json, line 1: this is no JSON"),
+        ('{"q": 0.1}', "sets q, which do not exist"),
+        ('{"p": "0.1"}', "sets p to '0.1'; give a value of type float"),
+        ('{"samples": 1.5}', "sets samples to 1.5; give a value of type int"),
+        ('{"lora_targets": "q_proj"}', "give a value of type list"),
+    ],
+)
+def test_a_spoilt_config_is_named(text: str, message: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config(config)
+
+
+def test_a_spoilt_kept_result_is_named(cache: Path) -> None:
+    cell = Cell("sft", 0, QUICK, {})
+    file = grid._result_file(cell, cache)
+    file.write_text('{"hs": 1')
+    with pytest.raises(ValueError, match=rf"{file.name}, line 1: .*; mend or remove it"):
+        grid.fine_tune(cell, cache, lambda *_: None)
+    file.unlink()
 
 
 def test_missing_data_is_an_error_without_a_traceback(

@@ -1,23 +1,32 @@
-"""Faults at every point of a step: operators, allocations, bytecodes."""
+"""Faults at every point of a step: operators, allocations, bytecodes, what is not finite."""
 
 from __future__ import annotations
 
 import dis
 import functools
+import itertools
+import json
+import math
+import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import Counts
+from tests.reference import Loss
 from tests.trainees import (
     KINDS,
+    Parts,
     Trainee,
     in_base_step,
     leftovers,
@@ -175,6 +184,152 @@ def test_the_weights_come_back_where_ctrl_c_left_gradients_enabled() -> None:
     assert torch.equal(param, torch.ones(3))
 
 
+# The allocator refusing
+
+MEGABYTE = 2**20
+
+
+def _large() -> Parts:
+    """Eight weights of a megabyte each."""
+    params: list[Tensor] = [nn.Parameter(torch.randn(512, 512)) for _ in range(8)]
+
+    def bowl(target: float) -> Loss:
+        def loss(values: Sequence[Tensor]) -> Tensor:
+            return torch.stack([(p - target).square().mean() for p in values]).sum()
+
+        return loss
+
+    return bowl(0.5), bowl(-0.5), params, torch.optim.AdamW(params, lr=1e-3)
+
+
+def answer_refusals(rounds: str) -> None:
+    """The worker: takes steps with ever more memory left, prints what became of each."""
+    import resource
+
+    torch.set_num_threads(1)
+    KINDS["large"] = _large
+    disturbed = Disturbed("large")
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    for number in range(int(rounds)):
+        headroom = number * 48 * MEGABYTE // int(rounds)
+        disturbed.trainee.load(disturbed.before)
+        disturbed.trainee.opt.zero_grad()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        refused, in_base = "", False
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (used + headroom, most))
+            disturbed.trainee.step()
+        except (MemoryError, RuntimeError) as error:
+            refused = str(error) or "MemoryError"
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            in_base = in_base_step(frames[-1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        lost = disturbed.lost(f"{headroom:,} bytes", in_base)
+        print(json.dumps({"refused": refused, "lost": lost}), flush=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_the_allocator_refuses(full: bool, counts: Counts) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_reliability_faults", str(320 if full else 10)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    refused = [answer for answer in answers if answer["refused"]]
+    assert all("memory" in answer["refused"].lower() for answer in refused)
+    assert 0 < len(refused) < len(answers), "some steps were to be refused memory, and some not"
+    losses = [answer for answer in answers if answer["lost"]]
+    counts.add("memory refused by the allocator", len(refused), len(losses))
+    assert not losses
+
+
+# Losses and gradients that are not finite
+
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+class NotFiniteError(Exception):
+    pass
+
+
+def guard(base: torch.optim.Optimizer, *_: object) -> None:
+    """What a careful loop has before its step, as `clip_grad_norm_(error_if_nonfinite=True)`."""
+    grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
+    if not all(bool(g.isfinite().all()) for g in grads):
+        raise NotFiniteError
+
+
+def poisoned_losses(trainee: Trainee) -> Iterator[tuple[str, Any]]:
+    """Ways to make the loss of each pass not finite; each undoes itself."""
+
+    @contextmanager
+    def poisoned(name: str, call: int, value: float) -> Iterator[None]:
+        loss_of, calls = getattr(trainee, name), itertools.count()
+        times = lambda: value if next(calls) == call else 1.0  # noqa: E731
+        setattr(trainee, name, lambda values: times() * loss_of(values))
+        yield
+        setattr(trainee, name, loss_of)
+
+    calls = {"h_of": 2, "f_of": 2 if trainee.kind == "staged" else 1}
+    for name, value in itertools.product(calls, NOT_FINITE):
+        for call in range(calls[name]):
+            where = f"call {call} of {name}, loss times {value}"
+            yield where, functools.partial(poisoned, name, call, value)
+
+
+def poisoned_gradients(trainee: Trainee) -> Iterator[tuple[str, Any]]:
+    """Ways to make one element of one gradient of each pass not finite; each undoes itself."""
+
+    @contextmanager
+    def poisoned(param: Tensor, call: int, value: float) -> Iterator[list[int]]:
+        calls = [0]
+
+        def hook(grad: Tensor) -> Tensor:
+            grad = grad.clone()
+            if calls[0] == call:
+                grad.view(-1)[0] = value
+            calls[0] += 1
+            return grad
+
+        handle = param.register_hook(hook)
+        yield calls
+        handle.remove()
+
+    for index, param in enumerate(trainee.params):
+        with poisoned(param, -1, math.nan) as passes:
+            trainee.step()
+        for call, value in itertools.product(range(passes[0]), NOT_FINITE):
+            where = f"pass {call}, gradient {index} with {value}"
+            yield where, functools.partial(poisoned, param, call, value)
+
+
+@pytest.mark.parametrize("poisons", [poisoned_losses, poisoned_gradients])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_reaches_the_base_optimizer_alone(
+    kind: str, poisons: Any, full: bool, counts: Counts
+) -> None:
+    """It shows in `.grad`, where the loop can stop it; the weights are as they were."""
+    disturbed = Disturbed(kind)
+    trainee = disturbed.trainee
+    trainee.opt.base_optimizer.register_step_pre_hook(guard)
+    ways = list(poisons(trainee))
+    chosen = [ways[i] for i in thinned(len(ways), 1_000 if full else 12)]
+    losses = []
+    for where, poisoned in chosen:
+        trainee.load(disturbed.before)
+        with poisoned(), pytest.raises(NotFiniteError):
+            trainee.step()
+        losses.append(disturbed.lost(where, in_base=False))
+    what = poisons.__name__.removeprefix("poisoned_")
+    counts.add(f"NaN and infinite {what}", len(chosen), sum(map(bool, losses)))
+    assert not list(filter(None, losses))
+
+
 # Every bytecode at which Python may run a signal handler
 
 
@@ -254,3 +409,7 @@ def test_ctrl_c_at_every_bytecode(kind: str, full: bool, counts: Counts) -> None
         losses.append(disturbed.lost(*interrupt.hit, anywhere=True))
     counts.add("Ctrl-C at a bytecode", len(points), sum(map(bool, losses)))
     assert not list(filter(None, losses))
+
+
+if __name__ == "__main__":
+    answer_refusals(*sys.argv[1:])

@@ -25,7 +25,17 @@ from rich.progress import Progress
 
 from benchmarks.harmful_finetuning import ROOT, data, methods, metrics, models, training
 from benchmarks.harmful_finetuning.settings import Settings
-from lora_alignment import Report, digest, in_worker, shown_on, start_worker, written_whole
+from lora_alignment import (
+    Report,
+    digest,
+    in_worker,
+    load_model,
+    load_tokenizer,
+    read_json,
+    shown_on,
+    start_worker,
+    written_whole,
+)
 
 __all__ = ["Cell", "base_folder", "described", "pretrain", "run"]
 
@@ -65,11 +75,12 @@ def aligned_folder(cell: Cell, cache: Path) -> Path:
     names = ALIGNMENT + (LORA if cell.settings.trained == "lora" else ())
     settings = {name: getattr(cell.settings, name) for name in names}
     kind = methods.METHODS[cell.method].alignment
-    sources = [inspect.getsource(part) for part in (kind, training.align, training._train)]
+    parts = (kind, training.align, training._train, load_model, load_tokenizer)
+    sources = [inspect.getsource(part) for part in parts]
     samples = _samples(cell.settings)
     given = training.given_to(kind, cell.settings)
-    parts = (models.base_key(cell.settings), settings, samples.alignment, samples.harmful)
-    name = _hash(sources, parts, given, cell.seed)
+    base = models.base_key(cell.settings)
+    name = _hash(sources, base, settings, samples.alignment, samples.harmful, given, cell.seed)
     return cache / f"aligned-{kind.__module__.rpartition('.')[2]}-{name}"
 
 
@@ -121,7 +132,7 @@ def fine_tune(cell: Cell, cache: Path, report: Report) -> dict[str, Any]:
         unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
         unfinished.write_text(json.dumps(described(cell) | result))
         unfinished.replace(file)
-    return json.loads(file.read_text()) | {"method": cell.method, "vary": cell.vary}
+    return read_json(file) | {"method": cell.method, "vary": cell.vary}
 
 
 def described(cell: Cell) -> dict[str, Any]:

@@ -8,7 +8,6 @@ One flat set of values, each a command-line flag and a key of the configuration 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.harmful_finetuning.language import TASKS
-from lora_alignment import REFUSAL, option
+from lora_alignment import REFUSAL, option, read_json
 from mini_language import REFUSAL as MINI_REFUSAL
 from mini_language import TEMPLATE as MINI_TEMPLATE
 
@@ -158,15 +157,25 @@ def read_config(path: Path) -> dict[str, Any]:
     """Settings that a JSON file names.
 
     Raises:
-        ValueError: The file is no JSON object or names unknown settings.
+        ValueError: The file is no JSON object, names unknown settings or has a value of a wrong
+            type.
     """
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"config {path} could not be read: {error}") from error
-    unknown = set(values) - set(asdict(Settings()))
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} must be a JSON object of settings, got {values!r:.40}")
+    defaults = asdict(Settings())
+    unknown = set(values) - set(defaults)
     if unknown:
         raise ValueError(f"config {path} sets {', '.join(sorted(unknown))}, which do not exist")
+    for name, value in values.items():
+        kind = type(defaults[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(
+                f"config {path} sets {name} to {value!r:.40}; give a value of type {kind.__name__}"
+            )
     return values
 
 

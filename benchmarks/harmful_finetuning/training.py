@@ -22,7 +22,7 @@ import lora_alignment
 from benchmarks.harmful_finetuning import methods, metrics, models
 from benchmarks.harmful_finetuning.data import Samples, user_data
 from benchmarks.harmful_finetuning.settings import Settings
-from lora_alignment import Report, load_model, load_tokenizer
+from lora_alignment import Report, load_model, load_tokenizer, loading, read_json
 from mini_language import Example
 
 __all__ = ["align", "base_optimizer", "fine_tune", "given_to", "stream"]
@@ -78,7 +78,7 @@ def fine_tune(
     if "steps" in methods.hyperparameters(kind):
         given["steps"] = settings.fine_tune_steps
     stage = kind(model, base_optimizer(model, settings, settings.fine_tune_lr), **given)
-    result: dict[str, Any] = json.loads((aligned / "alignment.json").read_text())
+    result: dict[str, Any] = read_json(aligned / "alignment.json")
     result["aligned"] = metrics.evaluate(model, tokenizer, settings, samples)
     result["aligned_responses"] = metrics.responses(model, tokenizer, settings, samples)
     curve = [{"step": 0} | {k: v for k, v in result["aligned"].items() if "harmful" in k}]
@@ -138,7 +138,9 @@ def _to_fine_tune(settings: Settings, base: Path, aligned: Path, single_adapter:
     """The aligned model with what the user trains: all weights, the same LoRA, or a second one."""
     if settings.trained == "full":
         return load_model(aligned, settings)
-    model: Any = PeftModel.from_pretrained(load_model(base, settings), aligned, is_trainable=True)
+    model: Any = load_model(base, settings)
+    with loading(aligned):
+        model = PeftModel.from_pretrained(model, aligned, is_trainable=True)
     if settings.adapters == "single" or (settings.adapters == "paper" and single_adapter):
         return model
     return models.adapted(model.merge_and_unload(), settings)
