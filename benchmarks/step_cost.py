@@ -42,6 +42,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.live_memory import peak_bytes
@@ -102,13 +103,15 @@ def _on_batches(model: Any, device: str, autocast: bool, length: int) -> Problem
     return Problem(model, partial(loss_on, batch()), partial(loss_on, batch()), fused)
 
 
-def lora(device: str, size: str, autocast: bool = False) -> Problem:
+def lora(
+    device: str, size: str, autocast: bool = False, rank: int = 32, length: int | None = None
+) -> Problem:
     """The paper's adapter (r = 32 on q, k and v) on a Llama stack."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=32, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"])
+    config = LoraConfig(r=rank, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(language_model(device, size), config)  # pyright: ignore[reportArgumentType]
-    return _on_batches(model, device, autocast, 64 if size == "small" else 256)
+    return _on_batches(model, device, autocast, length or (64 if size == "small" else 256))
 
 
 def full(device: str, size: str) -> Problem:
@@ -326,7 +329,7 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(args.warm_up + args.rounds):
         for name, step in steps.items():
-            taken = _timed(step, args.device)
+            taken = timed(step, args.device)
             if round_ >= args.warm_up:
                 seconds[name].append(taken)
         advance()
@@ -336,6 +339,7 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
         result["contestants"][name] = {
             "seconds": seconds[name],
             "extra_memory": peak / trainable - 1,  # the gradients themselves
+            "operators": operators(step) if case.startswith("arithmetic") else {},
         }
     if args.device == "cuda":
         for name in ("booster", "booster, staged"):
@@ -344,7 +348,15 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
     return result
 
 
-def _timed(step: Closure, device: str) -> float:
+def operators(step: Closure) -> dict[str, float]:
+    """Milliseconds of a step within each of torch's operators, their callees not counted."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    return {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
+
+
+def timed(step: Closure, device: str) -> float:
+    """Seconds of one step."""
     if device == "cpu":
         start = time.perf_counter()
         step()
@@ -439,6 +451,24 @@ def targets(results: list[dict[str, Any]]) -> Table:
     return view
 
 
+def profiles(results: list[dict[str, Any]], shown: int = 8) -> Table:
+    """Where the time of a step of closures that only write gradients goes."""
+    view = Table(title="Milliseconds within torch's operators, profiled, one step")
+    for head in ("case", "operator", "floor", "booster", "reference way"):
+        view.add_column(head, justify="left" if head in ("case", "operator") else "right")
+    for result in results:
+        columns = [result["contestants"][n]["operators"] for n in ("floor", "booster")]
+        columns.append(result["contestants"]["reference way"]["operators"])
+        by_booster = sorted(columns[1], key=lambda op: -columns[1][op])
+        for operator in by_booster[:shown]:
+            found = (f"{column.get(operator, 0.0):.2f}" for column in columns)
+            view.add_row(result["case"], operator, *found)
+        if columns[0]:
+            total = (f"{sum(column.values()):.2f}" for column in columns)
+            view.add_row(result["case"], "all", *total, end_section=True)
+    return view
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -483,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
-    console.print(table(results), targets(results))
+    console.print(table(results), targets(results), profiles(results))
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 peft = pytest.importorskip("peft", reason="the examples extra is absent")
 transformers = pytest.importorskip("transformers", reason="the examples extra is absent")
 
+from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, Request  # noqa: E402
 from benchmarks.harmful_finetuning.methods import (  # noqa: E402
     METHODS,
     SFT,
@@ -37,15 +39,21 @@ from benchmarks.harmful_finetuning.methods import (  # noqa: E402
     Lisa,
     RandomDirection,
     RepNoise,
+    SecondOrder,
     Stage,
+    TensorWise,
     Vaccine,
     hyperparameters,
 )
 from benchmarks.harmful_finetuning.methods.repnoise import mmd  # noqa: E402
+from benchmarks.harmful_finetuning.settings import Settings  # noqa: E402
 
 VOCABULARY, LAYERS, WIDTH = 23, 2, 16
 ARCHITECTURES = ("llama", "gemma2", "qwen2")
-STAGES = (SFT, Vaccine, RepNoise, Booster, BoosterVaccine, Lisa, RandomDirection)
+STAGES = (
+    *(SFT, Vaccine, RepNoise, Booster, BoosterVaccine, Lisa),
+    *(RandomDirection, TensorWise, SecondOrder),
+)
 
 Batch = dict[str, Tensor]
 
@@ -200,6 +208,8 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster_held": (BoosterHeld, SFT, True),
         "booster_weighted": (BoosterWeighted, SFT, True),
         "random_direction": (RandomDirection, SFT, True),
+        "tensor_wise": (TensorWise, SFT, True),
+        "second_order": (SecondOrder, SFT, True),
     }
     assert {stage: hyperparameters(stage) for stage in STAGES} == {
         SFT: {},
@@ -209,6 +219,8 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         BoosterVaccine: {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
         Lisa: {"rho": 0.01, "alignment_steps": 100, "user_steps": 900, "steps": 2000},
         RandomDirection: {"lam": 5.0, "alpha": 0.1},
+        TensorWise: {"lam": 5.0, "alpha": 0.1},
+        SecondOrder: {"lam": 5.0, "alpha": 0.1},
     }
     assert all(method.reference for method in METHODS.values())
 
@@ -601,6 +613,8 @@ def test_passes_of_a_step() -> None:
         BoosterVaccine: 4,
         Lisa: 1,
         RandomDirection: 3,
+        TensorWise: 3,
+        SecondOrder: 3,
     }
 
 
@@ -656,20 +670,37 @@ def test_lisa_pulls_to_where_the_other_state_ended(lora: bool, alignment_steps: 
         ended[state] = [p.detach().clone() for p in trained(model).values()]
 
 
-# ---------------------------------------------------------------------- the control
+# ---------------------------------------------------------------------- the comparisons
 
 
-def test_random_direction_is_its_formula_at_the_weights_it_moved_to(model: Any) -> None:
+def test_the_control_compares_at_boosters_hyperparameters_unless_told_otherwise() -> None:
+    given = ["booster.lam=1", "booster.alpha=0.3", "tensor_wise.alpha=0.7"]
+    settings = Settings(hyperparameters=given)
+    cells = EXPERIMENTS["control"].cells(Request(settings, [0], [], False))
+    own = {"lam": 1.0, "alpha": 0.3}
+    assert {cell.method: cell.settings.of_method(cell.method) for cell in cells} == {
+        "sft": {},
+        "booster": own,
+        "random_direction": own,
+        "tensor_wise": own | {"alpha": 0.7},
+        "second_order": own,
+    }
+
+
+@pytest.mark.parametrize("kind", [RandomDirection, TensorWise])
+def test_a_perturbed_stage_is_its_formula_at_the_weights_it_moved_to(
+    kind: type[Stage], model: Any
+) -> None:
     lam, alpha, visited = 5.0, 0.1, []
     model.register_forward_pre_hook(
         lambda *_: visited.append({n: p.detach().clone() for n, p in trained(model).items()})
     )
-    stage = make(RandomDirection, model, lam=lam, alpha=alpha)
+    stage = make(kind, model, lam=lam, alpha=alpha)
     batches, harmful = learned(), auxiliary()
     loss = stage.backward(batches, harmful)
     actual, (w, moved, restored) = grads(model), visited
     moves = [moved[n] - w[n] for n in w]
-    assert norm(moves) == pytest.approx(alpha, rel=1e-6)
+    assert norm(moves) == pytest.approx(alpha, rel=1e-5)
     assert all(torch.equal(restored[n], w[n]) for n in w)
 
     f, g, q = (gradient_at(model, at, batch(seed)) for at, seed in ((w, 0), (w, 100), (moved, 100)))
@@ -713,15 +744,192 @@ def test_random_direction_is_random_and_over_all_weights() -> None:
     assert float(standardised.pow(4).mean()) == pytest.approx(3, abs=0.5)  # Gaussian kurtosis
 
 
-def test_random_direction_repeats_dropout_masks_as_booster_does() -> None:
+@pytest.mark.parametrize("kind", [RandomDirection, TensorWise, SecondOrder])
+def test_a_comparison_repeats_dropout_masks_as_booster_does(kind: type[Stage]) -> None:
     """With α = 0 both harmful gradients are equal only where their masks are."""
     model = tiny()
     model.config.attention_dropout = 0.5
     for layer in attentions(model):
         layer.attention_dropout = 0.5
-    stage = make(RandomDirection, model, alpha=0.0)
-    stage.regularize(batch(100))
+    stage = make(kind, model, alpha=0.0)
+    losses = []
+    for _ in range(2):
+        stage.regularize(batch(100))
+        losses.append(stage.diagnostics()["harmful_loss"])
     assert norm(grads(model)) == 0
-    stage.optimizer.zero_grad()
-    one, two = (stage.gradient(batch(100), stage.trainable())[1] for _ in range(2))
-    assert difference(one, two) > 1e-3
+    assert losses[0] != losses[1]  # there are masks, new ones at each step
+
+
+def test_tensor_wise_moves_each_tensor_as_far_along_its_own_gradient(model: Any) -> None:
+    alpha, visited = 0.3, []
+    model.register_forward_pre_hook(
+        lambda *_: visited.append([p.detach().clone() for p in trained(model).values()])
+    )
+    make(TensorWise, model, alpha=alpha).backward(learned(), auxiliary())
+    moves = [moved - w for w, moved in zip(*visited[:2], strict=True)]
+    assert norm(moves) == pytest.approx(alpha, rel=1e-5)
+    for move, g in zip(moves, gradient(model, batch(100)), strict=True):
+        length = alpha / math.sqrt(len(moves)) * norm([g]) / (norm([g]) + 1e-7)
+        assert agree([move], [-length * g / norm([g])])
+
+
+def test_tensor_wise_moves_by_alpha_where_some_tensors_have_no_gradient() -> None:
+    """As at LoRA's start, where B = 0 and hence ∂h/∂A = 0, and where a weight is not used."""
+    model, alpha, visited = tiny(lora=True), 0.3, []
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    for name, p in trained(model).items():
+        if "lora_B" in name:
+            nn.init.zeros_(p)
+    model.register_forward_pre_hook(
+        lambda *_: visited.append({n: p.detach().clone() for n, p in trained(model).items()})
+    )
+    make(TensorWise, model, alpha=alpha).backward(learned(), auxiliary())
+    moves = {name: visited[1][name] - visited[0][name] for name in visited[0]}
+    assert norm(list(moves.values())) == pytest.approx(alpha, rel=1e-4)
+    assert all((norm([move]) > 0) == ("lora_B" in name) for name, move in moves.items())
+
+
+def test_tensor_wise_stays_where_there_is_no_gradient_at_all() -> None:
+    stage = make(TensorWise, tiny(lora=True))
+    zeros = [torch.zeros_like(p) for p in stage.trainable()]
+    assert norm(stage.displacement(zeros)) == 0
+
+
+def objective(
+    model: nn.Module, lam: float, alpha: float, along: list[Tensor], step: float
+) -> float:
+    """f + λ·(h − h(w′)) a step away from the weights, where the simulated step is another too."""
+    w = {
+        name: p.detach() + step * d
+        for (name, p), d in zip(trained(model).items(), along, strict=True)
+    }
+    g = gradient_at(model, w, batch(100))
+    length = alpha / (norm(g) + 1e-7)
+    moved = {name: p - length * g_p for (name, p), g_p in zip(w.items(), g, strict=True)}
+    with torch.no_grad():
+        f, h, h_prime = (
+            loss_at(model, at, batch(seed)).item() for at, seed in ((w, 0), (w, 100), (moved, 100))
+        )
+    return f + lam * (h - h_prime)
+
+
+def slope(model: nn.Module, lam: float, alpha: float, along: list[Tensor]) -> float:
+    """Derivative of the objective, by central differences extrapolated to a step of zero."""
+    near, far = (
+        (objective(model, lam, alpha, along, t) - objective(model, lam, alpha, along, -t)) / (2 * t)
+        for t in (0.001, 0.002)
+    )
+    return (4 * near - far) / 3
+
+
+def unit(tensors: list[Tensor]) -> list[Tensor]:
+    return [t / norm(tensors) for t in tensors]
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+
+
+def test_second_order_is_the_gradient_of_the_objective(model: Any) -> None:
+    """Along random directions, and along that in which it differs most from the straight-through.
+
+    The loss is rounded to float32, which the steps of the differences are wide enough for.
+    """
+    lam, alpha = 5.0, 0.05
+    batches, harmful = learned(), auxiliary()
+    versions = [p._version for p in model.parameters()]
+    stage = make(SecondOrder, model, lam=lam, alpha=alpha)
+    loss = stage.backward(batches, harmful)
+    assert versions == [p._version for p in model.parameters()]  # nothing is written in place
+    exact, straight_through = grads(model), booster_oracle(model, lam, alpha)
+    apart = [a - b for a, b in zip(exact, straight_through, strict=True)]
+    assert norm(apart) > 0.05 * norm(exact)
+    torch.manual_seed(7)
+    random = [[torch.randn_like(g) for g in exact] for _ in range(3)]
+    for along in map(unit, [apart, *random]):
+        expected = slope(model, lam, alpha, along)
+        assert dot(exact, along) == pytest.approx(expected, abs=5e-3 * norm(apart))
+    assert float(loss) == pytest.approx(loss_at(model, {}, batch(0)).item(), rel=1e-6)
+    assert (batches.log, harmful.log) == ([("batches", 0)], [("auxiliary", 100)])
+
+    w, g = dict(trained(model)), gradient(model, batch(100))
+    moved = {n: p - alpha * d for (n, p), d in zip(w.items(), unit(g), strict=True)}
+    h, h_prime = (loss_at(model, at, batch(100)).item() for at in (w, moved))
+    assert stage.diagnostics() == pytest.approx(
+        {
+            "harmful_loss": h,
+            "perturbed_harmful_loss": h_prime,
+            "harmful_loss_drop": h - h_prime,
+            "harmful_grad_norm": norm(g),
+        },
+        rel=1e-4,
+        abs=1e-6,
+    )
+
+
+def test_second_order_differs_from_booster_by_the_square_of_alpha(model: Any) -> None:
+    """Hence both regularisers agree to first order in α."""
+
+    def regularizer(kind: type[Stage], alpha: float) -> list[Tensor]:
+        model.zero_grad()
+        make(kind, model, lam=1.0, alpha=alpha).backward(learned(), auxiliary())
+        return [g - f for g, f in zip(grads(model), gradient(model, batch(0)), strict=True)]
+
+    of_booster, apart = [], []
+    for alpha in (0.004, 0.002):
+        straight_through = regularizer(Booster, alpha)
+        of_booster.append(norm(straight_through))
+        apart.append(difference(regularizer(SecondOrder, alpha), straight_through))
+    assert apart[0] / apart[1] == pytest.approx(4, rel=0.1)
+    assert of_booster[0] / of_booster[1] == pytest.approx(2, rel=0.1)
+
+
+class Quadratic(nn.Module):
+    """½·wᵀAw + bᵀw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64))
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        return SimpleNamespace(loss=self.w @ a @ self.w / 2 + b @ self.w)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7], ids=["", "gradient as small as the ε of 1e-7"])
+@pytest.mark.parametrize("curved", [1.0, 0.0], ids=["curved", "linear"])
+def test_second_order_of_a_quadratic(curved: float, scale: float) -> None:
+    """By the Jacobian of the simulated step, written out. A linear h leaves no regulariser."""
+    lam, alpha, model = 5.0, 0.3, Quadratic()
+    a = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, -0.3], [0.1, -0.3, 3.0]], dtype=torch.float64)
+    a, b = curved * scale * a, scale * torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
+    w = model.w.detach()
+    g = a @ w + b
+    n, eps = g.norm(), 1e-7
+    jacobian = a / (n + eps) - torch.outer(g, a @ g) / (n * (n + eps) ** 2)
+    q = a @ (w - alpha * g / (n + eps)) + b
+    expected = lam * (g - q + alpha * jacobian.T @ q)
+
+    make(SecondOrder, model, lam=lam, alpha=alpha).regularize({"a": a, "b": b})
+    assert norm([grads(model)[0] - expected]) < 1e-12 * scale
+    straight_through = lam * (g - q)
+    assert (norm([expected - straight_through]) > 0.1 * scale) == bool(curved)
+    assert (norm([straight_through]) > 0.1 * scale) == bool(curved)
+
+
+def test_second_order_without_a_gradient_is_no_regulariser() -> None:
+    """At a flat point the norm has no derivative."""
+    model, zeros = Quadratic(), torch.zeros(3, 3, dtype=torch.float64)
+    make(SecondOrder, model).regularize({"a": zeros, "b": zeros[0]})
+    assert norm(grads(model)) == 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_second_order_through_the_attention_of_torch(lora: bool) -> None:
+    """Its fused kernels have no second derivative; eager attention has."""
+    model = tiny(lora=lora)
+    make(SecondOrder, model).backward(learned(), auxiliary())
+    eager = grads(model)
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    make(SecondOrder, model).backward(learned(), auxiliary())
+    assert difference(grads(model), eager) < 1e-4 * norm(eager)

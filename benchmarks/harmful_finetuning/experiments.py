@@ -133,7 +133,13 @@ def _qualitative(request: Request) -> list[Cell]:
 
 
 def _control(request: Request) -> list[Cell]:
-    return request.cells(("sft", "booster", "random_direction"), [request.settings])
+    """Booster and what departs from it in one respect, with its λ and α unless told otherwise."""
+    own = request.settings.of_method("booster")
+    others = ("random_direction", "tensor_wise", "second_order")
+    settings = request.settings
+    for method in others:
+        settings = settings.given(method, **(own | request.settings.of_method(method)))
+    return request.cells(("sft", "booster", *others), [settings])
 
 
 def _every(request: Request) -> list[Cell]:
@@ -169,10 +175,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "combinations": Experiment("Combinations of defenses", "p", _combinations),
     "qualitative": Experiment("Answers side by side", "p", _qualitative),
     "control": Experiment(
-        "Random perturbation of equal length",
+        "What the direction and the straight-through gradient contribute",
         "p",
         _control,
-        "A random direction says how much of the defense is the direction's.",
+        "All simulated steps have the same length. Random direction: instead of the harmful "
+        "gradient's. Norms by tensor: each weight tensor takes an equal share of the length. "
+        "Second order: the exact gradient, where Booster's is straight-through.",
     ),
     "every": Experiment(
         "Regulariser at every k-th step",

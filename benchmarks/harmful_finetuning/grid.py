@@ -75,7 +75,8 @@ def aligned_folder(cell: Cell, cache: Path) -> Path:
     names = ALIGNMENT + (LORA if cell.settings.trained == "lora" else ())
     settings = {name: getattr(cell.settings, name) for name in names}
     kind = methods.METHODS[cell.method].alignment
-    parts = (kind, training.align, training._train, load_model, load_tokenizer)
+    own = [part for part in kind.__mro__ if part.__module__.startswith(methods.__name__)]
+    parts = (*own, training.align, training._train, load_model, load_tokenizer)
     sources = [inspect.getsource(part) for part in parts]
     samples = _samples(cell.settings)
     given = training.given_to(kind, cell.settings)

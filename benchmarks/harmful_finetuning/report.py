@@ -63,6 +63,8 @@ NAMES = {
     "booster_held": "Booster, held",
     "booster_weighted": "Booster, weighted",
     "random_direction": "random direction",
+    "tensor_wise": "Booster, norms by tensor",
+    "second_order": "Booster, second order",
     "lam": "λ",
     "alpha": "α",
     "lora_r": "r",
@@ -81,6 +83,8 @@ STYLES = {
     "booster_held": ("#88ccee", "<"),
     "booster_weighted": ("#44aa99", ">"),
     "random_direction": ("#000000", "X"),
+    "tensor_wise": ("#882255", "p"),
+    "second_order": ("#999933", "h"),
 }
 MORE_COLORS = ("#882255", "#117733", "#999933", "#aa4499", "#44aa99")
 DASHES = ("-", "--", ":", "-.")

@@ -15,8 +15,10 @@ from benchmarks.harmful_finetuning.methods.booster_weighted import BoosterWeight
 from benchmarks.harmful_finetuning.methods.lisa import Lisa
 from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection
 from benchmarks.harmful_finetuning.methods.repnoise import RepNoise
+from benchmarks.harmful_finetuning.methods.second_order import SecondOrder
 from benchmarks.harmful_finetuning.methods.sft import SFT
 from benchmarks.harmful_finetuning.methods.stage import Batches, Stage, backpropagate
+from benchmarks.harmful_finetuning.methods.tensor_wise import TensorWise
 from benchmarks.harmful_finetuning.methods.vaccine import Vaccine
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "Method",
     "RandomDirection",
     "RepNoise",
+    "SecondOrder",
     "Stage",
+    "TensorWise",
     "Vaccine",
     "backpropagate",
     "hyperparameters",
@@ -65,6 +69,8 @@ METHODS: dict[str, Method] = {
     "booster_held": Method(BoosterHeld, SFT, True, "a variation, not from a paper"),
     "booster_weighted": Method(BoosterWeighted, SFT, True, "a variation, not from a paper"),
     "random_direction": Method(RandomDirection, SFT, True, "a control, not from a paper"),
+    "tensor_wise": Method(TensorWise, SFT, True, "a comparison, not from a paper"),
+    "second_order": Method(SecondOrder, SFT, True, "a comparison, not from a paper"),
 }
 
 
