@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
     On the CPU every allocation and release of torch's allocator is counted through the profiler;
     on an accelerator its allocator counts by itself.
     """
+    gc.collect()  # what is released meanwhile would count as this function's
     if device != "cpu":
         torch.accelerator.synchronize()
         torch.cuda.reset_peak_memory_stats()
