@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
     """Bytes that tensors hold at most while ``function`` runs, beyond those held before.
 
     On the CPU every allocation and release of torch's allocator is counted through the profiler;
-    on an accelerator its allocator counts by itself.
+    on an accelerator its allocator counts by itself, and there a release of what was held before
+    makes room: drop gradients first to compare the two.
     """
     gc.collect()  # what is released meanwhile would count as this function's
     if device != "cpu":
@@ -36,9 +38,15 @@ def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    live = peak = 0
+        # A float would not hold the nanoseconds that order the events.
+        events = json.loads(trace.read_text(), parse_float=Decimal)["traceEvents"]
+    live: dict[int, int] = {}  # by address: what was there before is not counted, nor its release
+    held = peak = 0
     for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        held -= live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+            held += size
+        peak = max(peak, held)
     return peak

@@ -319,13 +319,12 @@ CONTESTANTS: dict[str, Callable[[Problem], Closure | None]] = {
 def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) -> dict[str, Any]:
     """Times and memory of every contestant on one case."""
     steps: dict[str, Closure] = {}
-    trainable = 0
+    problems = {name: CASES[case](args.device, args.size) for name in CONTESTANTS}
     for name, contestant in CONTESTANTS.items():
-        problem = CASES[case](args.device, args.size)
-        trainable = sum(p.numel() * p.element_size() for p in problem.parameters())
-        step = contestant(problem)
+        step = contestant(problems[name])
         if step is not None:
             steps[name] = step
+    trainable = sum(p.numel() * p.element_size() for p in problems["floor"].parameters())
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(args.warm_up + args.rounds):
         for name, step in steps.items():
@@ -335,6 +334,7 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
         advance()
     result: dict[str, Any] = {"case": case, "trainable_bytes": trainable, "contestants": {}}
     for name, step in steps.items():
+        problems[name].module.zero_grad()
         peak = peak_bytes(step, args.device)
         result["contestants"][name] = {
             "seconds": seconds[name],
@@ -443,10 +443,10 @@ def targets(results: list[dict[str, Any]]) -> Table:
             1.0,
         )
         for what, of, sign, goal in [*TARGETS.get(result["case"], []), memory]:
-            found = of(result)
+            found = round(of(result), 2)
             met = found <= goal if sign == "≤" else found >= goal
             view.add_row(
-                result["case"], what, f"{sign} {goal}", f"{found:.3f}", "met" if met else "missed"
+                result["case"], what, f"{sign} {goal}", f"{found:.2f}", "met" if met else "missed"
             )
     return view
 

@@ -95,12 +95,9 @@ def measure(
     axis: Axis, value: int, args: argparse.Namespace, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """Times and memory of every contestant at one point of an axis."""
-    steps: dict[str, Closure] = {}
-    trainable = 0
-    for name, contestant in CONTESTANTS.items():
-        problem = axis.problem(value, args.device)
-        trainable = sum(p.numel() * p.element_size() for p in problem.parameters())
-        steps[name] = contestant(problem)
+    problems = {name: axis.problem(value, args.device) for name in CONTESTANTS}
+    steps = {name: contestant(problems[name]) for name, contestant in CONTESTANTS.items()}
+    trainable = sum(p.numel() * p.element_size() for p in problems["floor"].parameters())
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(args.warm_up + args.rounds):
         for name, step in steps.items():
@@ -108,7 +105,10 @@ def measure(
             if round_ >= args.warm_up:
                 seconds[name].append(taken)
         advance()
-    peaks = {name: peak_bytes(steps[name], args.device) for name in ("floor", "booster")}
+    peaks: dict[str, int] = {}
+    for name in ("floor", "booster"):
+        problems[name].module.zero_grad()
+        peaks[name] = peak_bytes(steps[name], args.device)
     return {
         "value": value,
         "trainable_bytes": trainable,
@@ -166,23 +166,22 @@ def exponents(results: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 
 
 def draw(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """One panel an axis: milliseconds of the parts of a step."""
+    """One panel an axis: milliseconds of a step, or of what it takes beyond the floor."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results), 3.5), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (name, points) in zip(panels, results.items(), strict=True):
         values = [point["value"] for point in points]
-        lines = {
-            name: [
-                1e3 * statistics.median(point["contestants"][name]["seconds"]) for point in points
-            ]
-            for name in CONTESTANTS
-        }
-        lines["beyond the floor"] = [1e3 * beyond(point, "booster") for point in points]
-        shown = list(lines) if AXES[name].with_model else ["beyond the floor"]
-        for label in shown:
-            panel.plot(values, lines[label], marker="o", markersize=3, label=label)
+        if AXES[name].with_model:
+            for label in CONTESTANTS:
+                taken = [
+                    statistics.median(point["contestants"][label]["seconds"]) for point in points
+                ]
+                panel.plot(values, [1e3 * t for t in taken], marker="o", markersize=3, label=label)
+        else:
+            beyond_floor = [1e3 * beyond(point, "booster") for point in points]
+            panel.plot(values, beyond_floor, marker="o", markersize=3, label="beyond the floor")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xlabel(AXES[name].title)
