@@ -22,7 +22,7 @@ class Request(NamedTuple):
     settings: Settings
     seeds: Sequence[int]
     methods: Sequence[str]  # empty: the experiment's own
-    quick: bool  # the ends of each axis only
+    quick: bool  # the ends of each axis only, and all methods in the first table only
 
     def cells(
         self,
@@ -37,6 +37,11 @@ class Request(NamedTuple):
             for seed in self.seeds
             for method in self.methods or own
         ]
+
+    @property
+    def table(self) -> Sequence[str]:
+        """The methods of the paper's tables."""
+        return ("sft", "booster") if self.quick else TABLE
 
     def axis(self, values: Sequence[Any]) -> Sequence[Any]:
         """The values of an axis."""
@@ -59,22 +64,27 @@ def _harmful_ratio(request: Request) -> list[Cell]:
 
 def _kind_ratio(request: Request) -> list[Cell]:
     settings = replace(request.settings, kind_samples=request.settings.kind_samples or 544)
-    return _harmful_ratio(request._replace(settings=settings))
+    methods = request.methods or request.table
+    return _harmful_ratio(request._replace(settings=settings, methods=methods))
 
 
 def _sample_number(request: Request) -> list[Cell]:
     largest = request.settings.samples
     numbers = request.axis([round(largest * share) for share in (0.5, 0.75, 1.0)])
-    return request.cells(TABLE, (replace(request.settings, samples=n) for n in numbers))
+    return request.cells(request.table, (replace(request.settings, samples=n) for n in numbers))
 
 
 def _tasks(request: Request) -> list[Cell]:
-    return request.cells(TABLE, (replace(request.settings, task=t) for t in request.axis(TASKS)))
+    return request.cells(
+        request.table, (replace(request.settings, task=t) for t in request.axis(TASKS))
+    )
 
 
 def _architectures(request: Request) -> list[Cell]:
     names = request.axis(ARCHITECTURES)
-    return request.cells(TABLE, (replace(request.settings, architecture=name) for name in names))
+    return request.cells(
+        request.table, (replace(request.settings, architecture=name) for name in names)
+    )
 
 
 def _perturbation_study(request: Request) -> list[Cell]:

@@ -202,7 +202,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "align_steps": 4,
         "fine_tune_steps": 4,
         "eval_samples": 8,
-        "eval_every": 2,
+        "eval_every": 4,
         "max_new_tokens": 3,
         "lora_r": 4,
         "samples": 40,
