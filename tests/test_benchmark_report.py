@@ -459,6 +459,22 @@ def test_the_page_tells_apart_lora_and_all_weights(tmp_path: Path) -> None:
     assert len(set(page.values("src"))) == len(page.values("src")) == 4
 
 
+def test_alignment_is_drawn_once_for_each_aligned_model(tmp_path: Path) -> None:
+    """Where the axis varies the attack alone, all its values start from one aligned model."""
+    grid = over_p(sft={0.0: [0], 0.1: [20]}, booster={0.0: [0], 0.1: [5]})
+    for cell_ in grid["cells"]:
+        trace = {"step": 1, "alignment_loss": 0.5}
+        if cell_["method"] == "booster":
+            trace |= {"harmful_loss": 2.0, "harmful_loss_drop": 0.1, "harmful_grad_norm": 1.0}
+        cell_["alignment"] = [trace, {**trace, "step": 2}]
+    assert tmp_path / "harmful-ratio-lora-alignment.png" in report.plots(grid, tmp_path)
+    axes = report._alignment_figure(report.Grid(grid)).axes
+    assert [len(panel.lines) for panel in axes] == [2, 1, 1, 1]
+    assert [line.get_label() for line in axes[0].lines] == ["SFT", "Booster"]
+    grid["cells"][-1]["alignment"] = [{"step": 1, "alignment_loss": 0.7}]
+    assert len(report._alignment_figure(report.Grid(grid)).axes[0].lines) == 3
+
+
 def test_plots_are_written_and_the_svg_is_the_same_again(tmp_path: Path) -> None:
     grid = over_p(sft={0.0: [0, 1], 0.1: [20, 40]}, booster={0.0: [0, 0], 0.1: [5, 9]})
     grid["cells"].append({**cell("lisa", 0, 5, p=0.1), "attacked": None, "curve": []})

@@ -89,6 +89,13 @@ STYLES = {
 MORE_COLORS = ("#882255", "#117733", "#999933", "#aa4499", "#44aa99")
 DASHES = ("-", "--", ":", "-.")
 
+TRACED = {
+    "alignment_loss": "alignment loss f, nats",
+    "harmful_loss": "harmful loss h, nats",
+    "harmful_loss_drop": "h(w) − h(w′), nats",
+    "harmful_grad_norm": "norm of ∇h",
+}
+
 
 class Series(NamedTuple):
     """A row of the tables: a method and what sets it apart from other runs of that method."""
@@ -514,6 +521,8 @@ def plots(result: Result, folder: Path) -> list[Path]:
         figures["curves"] = _perturbation_figure(grid) if study else _curves_figure(grid)
     if grid.scores and not study:
         figures["axis"] = _axis_figure(grid)
+    if any(set(TRACED) & point.keys() for cell in grid.cells for point in _trace(cell)):
+        figures["alignment"] = _alignment_figure(grid)
     written: list[Path] = []
     with matplotlib.rc_context({"svg.hashsalt": "torch_booster"}):
         for name, figure in figures.items():
@@ -550,6 +559,46 @@ def _perturbation_figure(grid: Grid) -> Figure:
                 label = f"{series}, {_value(kind)} {grid.axis}"
                 _draw_curve(axes, grid, series, kind, name, label, DASHES[i % len(DASHES)])
     return _finished(figure)
+
+
+def _alignment_figure(grid: Grid) -> Figure:
+    """What the regulariser saw during alignment, one line for each kind of aligned model."""
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    kinds: dict[str, tuple[Series, list[list[dict[str, float]]]]] = {}
+    for series in grid.series:
+        for value in grid.values:
+            cells = [grid.cell(series, seed, value) for seed in grid.seeds]
+            traces = [trace for cell in cells if cell and (trace := _trace(cell))]
+            seen = [known for of, known in kinds.values() if of == series]
+            if (
+                traces and traces not in seen
+            ):  # what varies the attack alone leaves them as they are
+                kinds[f"{series}, {_setting(grid.axis, value)}"] = series, traces
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, TRACED.items(), strict=True):
+        axes.set(xlabel="alignment step", ylabel=title)
+        if name == "alignment_loss":
+            axes.set_yscale("log")
+        for label, (series, traces) in kinds.items():
+            own = [key for key, (of, _) in kinds.items() if of == series]
+            points = [
+                (steps[0]["step"], fmean(point[name] for point in steps))
+                for steps in zip(*traces, strict=False)
+                if all(name in point for point in steps)
+            ]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    DASHES[own.index(label) % len(DASHES)],
+                    color=series.style[0],
+                    alpha=1 - 0.7 * own.index(label) / len(own),
+                    label=label if len(own) > 1 else str(series),
+                )
+    return _finished(figure)
+
+
+def _trace(cell: Cell) -> list[dict[str, float]]:
+    """What was recorded during alignment."""
+    return cell.get("alignment") or []
 
 
 def _draw_curve(
@@ -610,7 +659,8 @@ def _finished(figure: Figure) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
     handles, labels = list(lines.values()), list(lines)
-    columns = min(len(lines), max(2, int(figure.get_figwidth() // 1.7)))
+    inches = max(1.7, 0.7 + 0.085 * max(map(len, labels)))  # of an entry of the legend
+    columns = min(len(lines), max(2, int(figure.get_figwidth() // inches)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
