@@ -244,6 +244,17 @@ def test_quoted_harmful_losses_are_the_recorded_ones() -> None:
         assert row[1:3] == [losses["sft"], losses["booster"]]
 
 
+def test_reliability_counts_are_the_recorded_ones() -> None:
+    rows = table("reliability.md", "Counts on 2 CPU cores")
+    counts = record("reliability")["counts"]
+    assert sum(int(tried.replace(",", "")) for _, tried, _ in rows) == sum(
+        count["tried"] for count in counts
+    )
+    assert not any(count["lost"] for count in counts)
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"| {' | '.join(row)} |" in readme for row in rows)
+
+
 def test_images_are_what_the_records_give(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plots = load("plots")
