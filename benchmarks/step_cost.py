@@ -325,13 +325,7 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
         if step is not None:
             steps[name] = step
     trainable = sum(p.numel() * p.element_size() for p in problems["floor"].parameters())
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(args.warm_up + args.rounds):
-        for name, step in steps.items():
-            taken = timed(step, args.device)
-            if round_ >= args.warm_up:
-                seconds[name].append(taken)
-        advance()
+    seconds = in_turn(steps, args, advance)
     result: dict[str, Any] = {"case": case, "trainable_bytes": trainable, "contestants": {}}
     for name, step in steps.items():
         problems[name].module.zero_grad()
@@ -346,6 +340,20 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
             with _no_synchronisation():
                 steps[name]()
     return result
+
+
+def in_turn(
+    steps: dict[str, Closure], args: argparse.Namespace, advance: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of each contestant's steps, all of them taking one step in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(args.warm_up + args.rounds):
+        for name, step in steps.items():
+            taken = timed(step, args.device)
+            if round_ >= args.warm_up:
+                seconds[name].append(taken)
+        advance()
+    return seconds
 
 
 def operators(step: Closure) -> dict[str, float]:
@@ -469,28 +477,56 @@ def profiles(results: list[dict[str, Any]], shown: int = 8) -> Table:
     return view
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Options of a benchmark whose contestants take steps in turn."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each contestant")
     parser.add_argument("--warm_up", type=int, default=3, help="steps before them")
     parser.add_argument("--device", default=device)
-    parser.add_argument(
-        "--size",
-        choices=["small", "large"],
-        default="small" if device == "cpu" else "large",
-        help="of the Llama stack: 4 layers of width 256, or 16 of 2,048",
-    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
-    parser.add_argument("--output", default="step_cost.json", help="where the raw times go")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked, and its number of threads set."""
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.warm_up < 1:
         parser.error("--rounds must be at least 2 and --warm_up at least 1")
     torch.set_num_threads(args.threads)
+    return args
+
+
+def write(
+    args: argparse.Namespace, argv: list[str] | None, script: str, found: dict[str, Any]
+) -> None:
+    """Writes what was found, and how, to the file of `--output`."""
+    command = ["python", f"benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)]
+    record = {
+        "command": command,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "threads": args.threads,
+        "versions": {"torch": torch.__version__, "torch_booster": version("torch_booster")},
+        **found,
+    }
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--size",
+        choices=["small", "large"],
+        default="large" if torch.cuda.is_available() else "small",
+        help="of the Llama stack: 4 layers of width 256, or 16 of 2,048",
+    )
+    parser.add_argument("--output", default="step_cost.json", help="where the raw times go")
+    args = parsed(parser, argv)
 
     console = Console()
     results: list[dict[str, Any]] = []
@@ -504,15 +540,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("Interrupted: nothing is written, since a part of a comparison is none.")
         return 130
-    record = {
-        "command": ["python", "benchmarks/step_cost.py", *(sys.argv[1:] if argv is None else argv)],
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "threads": args.threads,
-        "versions": {"torch": torch.__version__, "torch_booster": version("torch_booster")},
-        "results": results,
-    }
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+    write(args, argv, "step_cost.py", {"results": results})
     console.print(table(results), targets(results), profiles(results))
     return 0
 

@@ -16,14 +16,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +37,13 @@ from benchmarks.step_cost import (
     beyond,
     booster,
     floor,
+    in_turn,
     lora,
     over,
+    parsed,
+    parser_of,
     plain,
-    timed,
+    write,
 )
 
 CONTESTANTS: dict[str, Callable[[Problem], Closure]] = {
@@ -98,13 +97,7 @@ def measure(
     problems = {name: axis.problem(value, args.device) for name in CONTESTANTS}
     steps = {name: contestant(problems[name]) for name, contestant in CONTESTANTS.items()}
     trainable = sum(p.numel() * p.element_size() for p in problems["floor"].parameters())
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(args.warm_up + args.rounds):
-        for name, step in steps.items():
-            taken = timed(step, args.device)
-            if round_ >= args.warm_up:
-                seconds[name].append(taken)
-        advance()
+    seconds = in_turn(steps, args, advance)
     peaks: dict[str, int] = {}
     for name in ("floor", "booster"):
         problems[name].module.zero_grad()
@@ -192,21 +185,11 @@ def draw(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = parser_of(__doc__)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each contestant")
-    parser.add_argument("--warm_up", type=int, default=3, help="steps before them")
     parser.add_argument("--points", type=int, default=0, help="of each axis, from the smallest")
-    parser.add_argument("--device", default=device)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
     parser.add_argument("--output", default="step_growth.json", help="raw times; a PNG beside it")
-    args = parser.parse_args(argv)
-    if args.rounds < 2 or args.warm_up < 1:
-        parser.error("--rounds must be at least 2 and --warm_up at least 1")
-    torch.set_num_threads(args.threads)
+    args = parsed(parser, argv)
 
     console = Console()
     chosen = {name: AXES[name].values[: args.points or None] for name in args.axes}
@@ -225,18 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print("Interrupted: nothing is written, since a part of a comparison is none.")
         return 130
     powers = exponents(results)
-    record = {
-        "command": ["python", "benchmarks/step_growth.py", *(argv or sys.argv[1:])],
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "threads": args.threads,
-        "versions": {"torch": torch.__version__, "torch_booster": version("torch_booster")},
-        "exponents": powers,
-        "results": results,
-    }
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    draw(results, output.with_suffix(".png"))
+    write(args, argv, "step_growth.py", {"exponents": powers, "results": results})
+    draw(results, Path(args.output).with_suffix(".png"))
     console.print(summary(results), {name: round(power, 2) for name, power in powers.items()})
     return 0
 
