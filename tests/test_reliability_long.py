@@ -136,7 +136,7 @@ def held() -> Held:
 
 
 def test_nothing_grows(full: bool, counts: Counts) -> None:
-    steps = 10_000 if full else 200
+    steps = 10_000 if full else 1_000
     training = Training(0)
     for _ in range(100):
         training.step()
@@ -145,7 +145,7 @@ def test_nothing_grows(full: bool, counts: Counts) -> None:
         training.step()
     after = held()
     assert after[:2] == before[:2]
-    assert after.blocks - before.blocks < steps / 4, "far less than one small object for each step"
+    assert after.blocks - before.blocks < steps / 2, "less than one small object for each step"
     counts.add("steps without growth", steps, 0)
 
 
@@ -217,7 +217,7 @@ def test_weights_that_are_restored_do_not_drift(
     dtype: torch.dtype, full: bool, counts: Counts
 ) -> None:
     """Those that are added back do, which shows that the measure would see it."""
-    steps = 10_000 if full else 200
+    steps = 10_000 if full else 1_000
     rows = drift.drift(dtype, "restored", steps, seed=0)
     lost = sum(bool(row["drift"] or row["moved"]) for row in rows)
     counts.add("perturbations restored", steps, lost)
