@@ -113,12 +113,14 @@ def measure(
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
     """Slope of log cost against log value, by least squares, over the last four points.
 
+    NaN where a cost is not positive, as a difference within the noise may be.
+
     Example:
         >>> round(exponent([1, 2, 4, 8], [3, 6, 12, 24]), 6)
         1.0
     """
     pairs = zip(values[-4:], costs[-4:], strict=True)
-    x, y = torch.tensor([(v, max(c, 1e-9)) for v, c in pairs], dtype=torch.float64).log().T
+    x, y = torch.tensor(list(pairs), dtype=torch.float64).log().T
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / x.square().sum())
 
@@ -190,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--points", type=int, default=0, help="of each axis, from the smallest")
     parser.add_argument("--output", default="step_growth.json", help="raw times; a PNG beside it")
     args = parsed(parser, argv)
+    if args.points < 0:
+        parser.error("--points must not be negative")
 
     console = Console()
     chosen = {name: AXES[name].values[: args.points or None] for name in args.axes}

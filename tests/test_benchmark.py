@@ -391,7 +391,8 @@ def test_errors_of_the_user(
         ('{"q": 0.1}', "sets q, which do not exist"),
         ('{"p": "0.1"}', "sets p to '0.1'; give a value of type float"),
         ('{"samples": 1.5}', "sets samples to 1.5; give a value of type int"),
-        ('{"lora_targets": "q_proj"}', "give a value of type list"),
+        ('{"lora_targets": "q_proj"}', "give a value of type list of strings"),
+        ('{"hyperparameters": [1]}', "give a value of type list of strings"),
     ],
 )
 def test_a_spoilt_config_is_named(text: str, message: str, tmp_path: Path) -> None:

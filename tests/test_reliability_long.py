@@ -145,7 +145,8 @@ def test_nothing_grows(full: bool, counts: Counts) -> None:
         training.step()
     after = held()
     assert after[:2] == before[:2]
-    assert after.blocks - before.blocks < steps / 2, "less than one small object for each step"
+    noise = steps / (4 if full else 2)  # of the rest of a large test process
+    assert after.blocks - before.blocks < noise, "less than one small object for each step"
     counts.add("steps without growth", steps, 0)
 
 

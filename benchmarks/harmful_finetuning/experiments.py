@@ -239,7 +239,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Harmful ratio p, with help to kind requests among the alignment data",
         "p",
         _kind_ratio,
-        "As many kind requests with help as refusals. Hyperparameters are those chosen without.",
+        "544 kind requests with help beside the refusals, where not told otherwise. The published "
+        "hyperparameters were chosen without them.",
     ),
     "width": Experiment("Hidden size of the model", "width", _of_settings("width", (64, 128, 256))),
     "adapters": Experiment(

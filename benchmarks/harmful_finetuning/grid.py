@@ -70,14 +70,18 @@ def _hash(*parts: Any) -> str:
     return digest([path.read_text() for path in library], *parts)
 
 
+def _sources(stage: type[methods.Stage], *parts: Any) -> list[str]:
+    """The code that decides a result, with all classes of the benchmark that a stage is made of."""
+    own = [part for part in stage.__mro__ if part.__module__.startswith(methods.__name__)]
+    return [inspect.getsource(part) for part in (*own, methods.backpropagate, *parts)]
+
+
 def aligned_folder(cell: Cell, cache: Path) -> Path:
     """Where the cell's aligned model is kept."""
     names = ALIGNMENT + (LORA if cell.settings.trained == "lora" else ())
     settings = {name: getattr(cell.settings, name) for name in names}
     kind = methods.METHODS[cell.method].alignment
-    own = [part for part in kind.__mro__ if part.__module__.startswith(methods.__name__)]
-    parts = (*own, training.align, training._train, load_model, load_tokenizer)
-    sources = [inspect.getsource(part) for part in parts]
+    sources = _sources(kind, training.align, training._train, load_model, load_tokenizer)
     samples = _samples(cell.settings)
     given = training.given_to(kind, cell.settings)
     base = models.base_key(cell.settings)
@@ -87,8 +91,7 @@ def aligned_folder(cell: Cell, cache: Path) -> Path:
 
 def _result_file(cell: Cell, cache: Path) -> Path:
     kind = methods.METHODS[cell.method].fine_tuning
-    parts = (kind, training.fine_tune, training._train, metrics, data)
-    sources = [inspect.getsource(part) for part in parts]
+    sources = _sources(kind, training.fine_tune, training._train, metrics, data)
     given = training.given_to(kind, cell.settings)
     settings = asdict(cell.settings) | {"hyperparameters": given, "device": ""}
     aligned = aligned_folder(cell, cache).name

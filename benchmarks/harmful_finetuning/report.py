@@ -564,15 +564,22 @@ def _perturbation_figure(grid: Grid) -> Figure:
 def _alignment_figure(grid: Grid) -> Figure:
     """What the regulariser saw during alignment, one line for each kind of aligned model."""
     figure = Figure(figsize=(11, 6.6), layout="constrained")
-    kinds: dict[str, tuple[Series, list[list[dict[str, float]]]]] = {}
+    kinds: dict[str, tuple[Series, dict[int, list[dict[str, float]]]]] = {}
     for series in grid.series:
         for value in grid.values:
-            cells = [grid.cell(series, seed, value) for seed in grid.seeds]
-            traces = [trace for cell in cells if cell and (trace := _trace(cell))]
-            seen = [known for of, known in kinds.values() if of == series]
-            if (
-                traces and traces not in seen
-            ):  # what varies the attack alone leaves them as they are
+            cells = {seed: grid.cell(series, seed, value) for seed in grid.seeds}
+            traces = {s: trace for s, cell in cells.items() if cell and (trace := _trace(cell))}
+            # What varies the attack alone leaves the aligned models as they are.
+            same = [
+                label
+                for label, (of, known) in kinds.items()
+                if of == series
+                and (both := known.keys() & traces.keys())
+                and all(known[seed] == traces[seed] for seed in both)
+            ]
+            if same:
+                kinds[same[0]][1].update(traces)
+            elif traces:
                 kinds[f"{series}, {_setting(grid.axis, value)}"] = series, traces
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, TRACED.items(), strict=True):
         axes.set(xlabel="alignment step", ylabel=title)
@@ -582,7 +589,7 @@ def _alignment_figure(grid: Grid) -> Figure:
             own = [key for key, (of, _) in kinds.items() if of == series]
             points = [
                 (steps[0]["step"], fmean(point[name] for point in steps))
-                for steps in zip(*traces, strict=False)
+                for steps in zip(*traces.values(), strict=True)
                 if all(name in point for point in steps)
             ]
             if points:
@@ -659,7 +666,7 @@ def _finished(figure: Figure) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
     handles, labels = list(lines.values()), list(lines)
-    inches = max(1.7, 0.7 + 0.085 * max(map(len, labels)))  # of an entry of the legend
+    inches = max(1.7, 0.7 + 0.085 * max(map(len, labels), default=0))  # of a legend's entry
     columns = min(len(lines), max(2, int(figure.get_figwidth() // inches)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure

@@ -172,9 +172,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"config {path} sets {', '.join(sorted(unknown))}, which do not exist")
     for name, value in values.items():
         kind = type(defaults[name])
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is list and not all(isinstance(part, str) for part in value)):
             raise ValueError(
-                f"config {path} sets {name} to {value!r:.40}; give a value of type {kind.__name__}"
+                f"config {path} sets {name} to {value!r:.40}; give a value of type "
+                f"{'list of strings' if kind is list else kind.__name__}"
             )
     return values
 

@@ -24,7 +24,7 @@ class TensorWise(Perturbed):
         """−α/√n · ∇ᵢh/(‖∇ᵢh‖ + 1e-7) of each tensor."""
         norms = torch.stack([torch.linalg.vector_norm(g) for g in gradient])
         # Zero where unused, and in LoRA's first matrices while the second ones are zero.
-        n = norms.count_nonzero().clamp(min=1)
+        n = norms.count_nonzero().clamp(min=1).to(norms.dtype)
         return [
             -self.alpha / n.sqrt() * g / (norm + 1e-7)
             for g, norm in zip(gradient, norms, strict=True)
