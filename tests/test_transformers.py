@@ -292,6 +292,37 @@ def test_gradients_are_the_formulas(tmp_path: Path, accumulation: int) -> None:
         assert len({tokens_in([p]) for p in alignment}) > 1  # unequal, or nothing is tested
 
 
+@pytest.mark.parametrize("stream", ["map", "iterable"])
+def test_every_third_step_is_three_times_as_heavy(tmp_path: Path, stream: str) -> None:
+    """Also after a resume in between; the harmful batches are those of the unthinned run."""
+    rows: Any = sentences(7, seed=2) if stream == "map" else Stream(sentences(7, seed=2))
+
+    def run(folder: str, every: int, resume: str | None = None, **changes: Any) -> Any:
+        trainer = make_trainer(
+            tmp_path / folder,
+            harmful=rows,
+            booster=BoosterArguments(LAM / every, ALPHA, 3, every),
+            gradient_accumulation_steps=2,
+            **changes,
+        )
+        recorder = Recorder(trainer.model)
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, recorder
+
+    _, plain = run("plain", 1, max_steps=3)
+    trainer, recorder = run("a", 3, max_steps=8, save_strategy="steps", save_steps=1)
+    assert [len(step.passes) for step in recorder.steps[:4]] == [4, 2, 2, 4]
+    thinned = [step for i, step in enumerate(recorder.steps) if i % 3 == 0]
+    assert harmful_ids(thinned) == harmful_ids(plain.steps)
+    for step in thinned:
+        alignment, harmful = step.split()
+        assert_close(step.grads, expected(recorder, step.weights, alignment, [harmful]))
+    for cut in (3, 4):
+        resumed, _ = run("b", 3, str(tmp_path / "a" / f"checkpoint-{cut}"), max_steps=8)
+        assert_equal_runs(resumed, trainer, from_step=cut)
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_loss_that_counts_no_tokens(tmp_path: Path, accumulation: int) -> None:
     """Such a loss is averaged over micro-batches, of which the harmful batch has one."""
@@ -963,10 +994,15 @@ def test_bad_lam_is_refused_by_train(tmp_path: Path) -> None:
         make_trainer(tmp_path, booster=BoosterArguments(lam=-1.0)).train()
 
 
+def test_every_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"every is 0\. Pass 1"):
+        BoosterArguments(every=0)
+
+
 def test_arguments_from_the_command_line() -> None:
     parser = HfArgumentParser(BoosterArguments)  # type: ignore[arg-type]
     (given,) = parser.parse_args_into_dataclasses(
-        ["--lam", "20", "--alpha", "0.5", "--per_device_harmful_batch_size", "8"]
+        ["--lam", "20", "--alpha", "0.5", "--per_device_harmful_batch_size", "8", "--every", "4"]
     )
-    assert given == BoosterArguments(20.0, 0.5, 8)
+    assert given == BoosterArguments(20.0, 0.5, 8, 4)
     assert parser.parse_args_into_dataclasses([])[0] == BoosterArguments()

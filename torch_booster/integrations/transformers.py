@@ -54,13 +54,19 @@ class BoosterArguments:
         default=None,
         metadata={"help": "Harmful examples per device and step (default: a micro-batch's)."},
     )
+    every: int = field(
+        default=1,
+        metadata={
+            "help": "Regularise at every k-th step, k times as heavy: 1 + 2/k passes a step."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Refuses values that could only fail once the run has begun.
 
         Raises:
             TypeError: λ or α is no number.
-            ValueError: λ or α is negative or not finite, or the batch size is below 1.
+            ValueError: λ or α is negative or not finite, or the batch size or k is below 1.
         """
         checked("lam", self.lam)
         checked("alpha", self.alpha)
@@ -70,6 +76,8 @@ class BoosterArguments:
                 f"per_device_harmful_batch_size is {size}. Pass at least 1, or nothing for the "
                 "size of a micro-batch."
             )
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}. Pass 1 to regularise at every step.")
 
 
 class BoosterMixin(Trainer):
@@ -78,9 +86,10 @@ class BoosterMixin(Trainer):
     1. The base optimizer, whichever way it was chosen, is wrapped in a `BoosterOptimizer`.
     2. Once per optimizer step, before the forward pass of its last micro-batch, the regulariser
        is added to `.grad`. Accumulation, clipping and the step then see the combined gradient.
+       With `every=k` this happens at steps 0, k, 2k, ..., with k·λ in the place of λ.
     3. A harmful pass is an ordinary training step of the trainer on a harmful batch: same loss,
        label smoothing, precision and collator, normalised by the batch's own token count.
-    4. Harmful batch number n belongs to optimizer step n, whatever happened before. A resumed
+    4. Harmful batch number n belongs to optimizer step n·k, whatever happened before. A resumed
        run therefore continues the stream of the unbroken one. Each data-parallel rank takes its
        own share.
     5. λ = 0 reads no harmful data and leaves the run of the trainer as it is, bit for bit.
@@ -146,7 +155,7 @@ class BoosterMixin(Trainer):
 
     def _start_over(self) -> None:
         self._harmful_batches: Iterator[Any] = iter(())
-        self._harmful_step: int | None = None  # the optimizer step that the next batch belongs to
+        self._harmful_turn: int | None = None  # the number of the stream's next batch
         self._diagnostics: Tensor | float = 0.0  # summed up since the last record
         self._diagnosed_steps = 0
 
@@ -163,7 +172,7 @@ class BoosterMixin(Trainer):
         """Creates the trainer's optimizer and wraps it."""
         optimizer = super().create_optimizer(model)
         if not isinstance(_bare(optimizer), BoosterOptimizer):  # it is in a second call of train
-            lam, alpha = self.booster_args.lam, self.booster_args.alpha
+            lam, alpha = self.booster_args.every * self.booster_args.lam, self.booster_args.alpha
             # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
             optimizer = BoosterOptimizer(_bare(optimizer), lam, alpha, module=model)
         self.optimizer = optimizer
@@ -179,7 +188,8 @@ class BoosterMixin(Trainer):
         run = super().training_step
         # Before the last one and not before the first: only there does DDP reduce gradients, and
         # all ranks have to perturb in one direction.
-        if self.accelerator.gradient_state.sync_gradients:
+        turn = self.state.global_step % self.booster_args.every == 0
+        if turn and self.accelerator.gradient_state.sync_gradients:
             self._regularize(partial(run, model))
         return run(model, inputs, num_items_in_batch)
 
@@ -219,15 +229,15 @@ class BoosterMixin(Trainer):
         return prepare(dataset, *args, **kwargs)
 
     def _next_harmful_batch(self) -> Any:
-        step = self.state.global_step
-        if step != self._harmful_step:
-            self._harmful_batches = self._harmful_batches_from(step)
+        turn = self.state.global_step // self.booster_args.every
+        if turn != self._harmful_turn:
+            self._harmful_batches = self._harmful_batches_from(turn)
         batch = next(self._harmful_batches)
-        self._harmful_step = step + 1
+        self._harmful_turn = turn + 1
         return batch
 
-    def _harmful_batches_from(self, step: int) -> Iterator[Any]:
-        """This rank's batch of each optimizer step from `step` on, without end."""
+    def _harmful_batches_from(self, turn: int) -> Iterator[Any]:
+        """This rank's batches from number `turn` on, without end."""
         args, data = self.args, self.harmful_dataset
         alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # ranks on one batch
         rank, ranks = args.process_index // alike, args.world_size // alike
@@ -235,7 +245,7 @@ class BoosterMixin(Trainer):
         order = None
         if not isinstance(data, IterableDataset):
             seed = args.seed if args.data_seed is None else args.data_seed
-            order = _shuffled(len(data), seed, count(step * size * ranks + rank, ranks))
+            order = _shuffled(len(data), seed, count(turn * size * ranks + rank, ranks))
         loader = DataLoader[Any](
             data,
             batch_size=size,
@@ -250,7 +260,7 @@ class BoosterMixin(Trainer):
             return iter(loader)
         batches = islice(_repeated(loader), rank, None, ranks)
         with _random_state_kept():  # of the checkpoint, which has these draws behind it
-            for _ in islice(batches, step):
+            for _ in islice(batches, turn):
                 pass
         return batches
 
