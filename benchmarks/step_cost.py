@@ -67,6 +67,10 @@ class Problem(NamedTuple):
         """What is trained."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
+    def trainable_bytes(self) -> int:
+        """Bytes of what is trained."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
 
 def language_model(device: str, size: str) -> nn.Module:
     """A stack of Llama blocks with random weights."""
@@ -324,7 +328,7 @@ def measure(case: str, args: argparse.Namespace, advance: Callable[[], None]) ->
         step = contestant(problems[name])
         if step is not None:
             steps[name] = step
-    trainable = sum(p.numel() * p.element_size() for p in problems["floor"].parameters())
+    trainable = problems["floor"].trainable_bytes()
     seconds = in_turn(steps, args, advance)
     result: dict[str, Any] = {"case": case, "trainable_bytes": trainable, "contestants": {}}
     for name, step in steps.items():

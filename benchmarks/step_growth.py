@@ -96,7 +96,7 @@ def measure(
     """Times and memory of every contestant at one point of an axis."""
     problems = {name: axis.problem(value, args.device) for name in CONTESTANTS}
     steps = {name: contestant(problems[name]) for name, contestant in CONTESTANTS.items()}
-    trainable = sum(p.numel() * p.element_size() for p in problems["floor"].parameters())
+    trainable = problems["floor"].trainable_bytes()
     seconds = in_turn(steps, args, advance)
     peaks: dict[str, int] = {}
     for name in ("floor", "booster"):

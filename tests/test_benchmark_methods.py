@@ -687,6 +687,21 @@ def test_the_control_compares_at_boosters_hyperparameters_unless_told_otherwise(
     }
 
 
+def assert_diagnosed(stage: Stage, model: Any, w: Any, moved: Any, g: list[Tensor]) -> None:
+    """The stage has seen h at w and at the weights it moved to, and the norm of ∇h(w)."""
+    h, h_prime = (loss_at(model, at, batch(100)).item() for at in (w, moved))
+    assert stage.diagnostics() == pytest.approx(
+        {
+            "harmful_loss": h,
+            "perturbed_harmful_loss": h_prime,
+            "harmful_loss_drop": h - h_prime,
+            "harmful_grad_norm": norm(g),
+        },
+        rel=1e-4,
+        abs=1e-6,
+    )
+
+
 @pytest.mark.parametrize("kind", [RandomDirection, TensorWise])
 def test_a_perturbed_stage_is_its_formula_at_the_weights_it_moved_to(
     kind: type[Stage], model: Any
@@ -710,17 +725,7 @@ def test_a_perturbed_stage_is_its_formula_at_the_weights_it_moved_to(
     assert float(loss) == pytest.approx(loss_at(model, w, batch(0)).item(), rel=1e-6)
     assert (batches.log, harmful.log) == ([("batches", 0)], [("auxiliary", 100)])
 
-    h, h_prime = (loss_at(model, at, batch(100)).item() for at in (w, moved))
-    assert stage.diagnostics() == pytest.approx(
-        {
-            "harmful_loss": h,
-            "perturbed_harmful_loss": h_prime,
-            "harmful_loss_drop": h - h_prime,
-            "harmful_grad_norm": norm(g),
-        },
-        rel=1e-4,
-        abs=1e-6,
-    )
+    assert_diagnosed(stage, model, w, moved, g)
 
 
 def test_random_direction_is_random_and_over_all_weights() -> None:
@@ -854,17 +859,7 @@ def test_second_order_is_the_gradient_of_the_objective(model: Any) -> None:
 
     w, g = dict(trained(model)), gradient(model, batch(100))
     moved = {n: p - alpha * d for (n, p), d in zip(w.items(), unit(g), strict=True)}
-    h, h_prime = (loss_at(model, at, batch(100)).item() for at in (w, moved))
-    assert stage.diagnostics() == pytest.approx(
-        {
-            "harmful_loss": h,
-            "perturbed_harmful_loss": h_prime,
-            "harmful_loss_drop": h - h_prime,
-            "harmful_grad_norm": norm(g),
-        },
-        rel=1e-4,
-        abs=1e-6,
-    )
+    assert_diagnosed(stage, model, w, moved, g)
 
 
 def test_second_order_differs_from_booster_by_the_square_of_alpha(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the comparisons with Booster share that only perturb the weights in another way.
+"""What the comparisons with Booster share, above all those that only perturb in another way.
 
     g = ∇f(w) + λ·(∇h(w) − ∇h(w′)),
 
@@ -18,16 +18,14 @@ from torch.optim import Optimizer
 from benchmarks.harmful_finetuning.methods.stage import Batches, Stage, backpropagate
 
 
-class Perturbed(Stage):
-    """Trains on `batches` with Booster's regulariser at weights that a subclass displaces.
-
-    Dropout masks are those of the first harmful pass in the second too, as in Booster.
+class Regularized(Stage):
+    """Trains on `batches` with a regulariser of a harmful batch that a subclass defines.
 
     Args:
         model: See `Stage`.
         optimizer: See `Stage`.
         lam: λ ≥ 0, regulariser intensity; 0 is SFT.
-        alpha: α ≥ 0, length of the displacement of all weights together.
+        alpha: α ≥ 0, length of the simulated harmful step.
     """
 
     def __init__(
@@ -39,17 +37,41 @@ class Perturbed(Stage):
         self.seen: dict[str, Tensor] = {}
 
     @abstractmethod
-    def displacement(self, gradient: list[Tensor]) -> list[Tensor]:
-        """w′ − w of each parameter.
-
-        Args:
-            gradient: ∇h(w) of each, zero where h does not depend on it.
-        """
+    def regularize(self, harmful: dict[str, Tensor]) -> None:
+        """Adds the regulariser's gradient to `.grad` and tells `see` of it."""
 
     def backward(self, batches: Batches, auxiliary: Batches) -> Tensor:
         """The regulariser first, then ∇f(w). Returns f(w)."""
         self.regularize(next(auxiliary))
         return backpropagate(self.model, next(batches))
+
+    def see(self, h: Tensor, h_prime: Tensor, norm: Tensor) -> None:
+        """Keeps h(w), h(w′) and ‖∇h(w)‖ for the diagnostics."""
+        self.seen = {
+            "harmful_loss": h,
+            "perturbed_harmful_loss": h_prime,
+            "harmful_loss_drop": h - h_prime,
+            "harmful_grad_norm": norm,
+        }
+
+    def diagnostics(self) -> dict[str, float]:
+        """As Booster's, of the last step."""
+        return {name: x.item() for name, x in self.seen.items()}
+
+
+class Perturbed(Regularized):
+    """Trains with Booster's regulariser at weights that a subclass displaces.
+
+    Dropout masks are those of the first harmful pass in the second too, as in Booster.
+    """
+
+    @abstractmethod
+    def displacement(self, gradient: list[Tensor]) -> list[Tensor]:
+        """w′ − w of each parameter, of length α together.
+
+        Args:
+            gradient: ∇h(w) of each, zero where h does not depend on it.
+        """
 
     @torch.no_grad()
     def regularize(self, harmful: dict[str, Tensor]) -> None:
@@ -70,12 +92,7 @@ class Perturbed(Stage):
         for p, g_p, q_p in zip(params, g, q, strict=True):
             regularizer = self.lam * (g_p - q_p)
             p.grad = regularizer if p.grad is None else p.grad + regularizer
-        self.seen = {
-            "harmful_loss": h,
-            "perturbed_harmful_loss": h_prime,
-            "harmful_loss_drop": h - h_prime,
-            "harmful_grad_norm": get_total_norm(g),
-        }
+        self.see(h, h_prime, get_total_norm(g))
 
     @torch.enable_grad()
     def gradient(
@@ -85,7 +102,3 @@ class Perturbed(Stage):
         loss = self.model(**batch).loss
         gradients = torch.autograd.grad(loss, params, materialize_grads=True, allow_unused=True)
         return loss.detach(), list(gradients)
-
-    def diagnostics(self) -> dict[str, float]:
-        """As Booster's, of the last step."""
-        return {name: x.item() for name, x in self.seen.items()}

@@ -17,40 +17,22 @@ Not from the paper; λ = 5 and α = 0.1 are Booster's. Written out here, without
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.linalg import vector_norm
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 
-from benchmarks.harmful_finetuning.methods.stage import Batches, Stage, backpropagate
+from benchmarks.harmful_finetuning.methods.perturbed import Regularized
 
 
-class SecondOrder(Stage):
+class SecondOrder(Regularized):
     """Trains on `batches` with the regulariser of a harmful batch, differentiated exactly.
 
     The weights are never changed in place. Dropout masks are those of the first harmful pass in
     the second too, as in Booster.
 
-    Args:
-        model: See `Stage`. Its attention must be eager or torch's `scaled_dot_product_attention`.
-        optimizer: See `Stage`.
-        lam: λ ≥ 0, regulariser intensity; 0 is SFT.
-        alpha: α ≥ 0, length of the simulated harmful step.
+    The model's attention must be eager or torch's `scaled_dot_product_attention`.
     """
-
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, *, lam: float = 5.0, alpha: float = 0.1
-    ) -> None:
-        super().__init__(model, optimizer)
-        self.lam = lam
-        self.alpha = alpha
-        self.seen: dict[str, Tensor] = {}
-
-    def backward(self, batches: Batches, auxiliary: Batches) -> Tensor:
-        """The regulariser first, then ∇f(w). Returns f(w)."""
-        self.regularize(next(auxiliary))
-        return backpropagate(self.model, next(batches))
 
     def regularize(self, harmful: dict[str, Tensor]) -> None:
         """Adds λ·∇[h(w) − h(w′)] to `.grad`."""
@@ -71,13 +53,4 @@ class SecondOrder(Stage):
             h_prime = functional_call(self.model, w_prime, args=(), kwargs=harmful).loss
             (self.lam * (h - h_prime)).backward()
 
-        self.seen = {
-            "harmful_loss": h.detach(),
-            "perturbed_harmful_loss": h_prime.detach(),
-            "harmful_loss_drop": (h - h_prime).detach(),
-            "harmful_grad_norm": norm.detach(),
-        }
-
-    def diagnostics(self) -> dict[str, float]:
-        """As Booster's, of the last step."""
-        return {name: x.item() for name, x in self.seen.items()}
+        self.see(h.detach(), h_prime.detach(), norm.detach())
