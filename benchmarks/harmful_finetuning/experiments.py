@@ -147,14 +147,33 @@ def _qualitative(request: Request) -> list[Cell]:
     return once.cells((*TABLE, "booster_vaccine", "booster_lisa"), [request.settings])
 
 
+def _as_booster(settings: Settings, *methods: str) -> Settings:
+    """Settings that give other methods Booster's λ and α unless told otherwise."""
+    own = settings.of_method("booster")
+    for method in methods:
+        settings = settings.given(method, **(own | settings.of_method(method)))
+    return settings
+
+
 def _control(request: Request) -> list[Cell]:
-    """Booster and what departs from it in one respect, with its λ and α unless told otherwise."""
-    own = request.settings.of_method("booster")
+    """Booster and what departs from it in one respect."""
     others = ("random_direction", "tensor_wise", "second_order")
-    settings = request.settings
-    for method in others:
-        settings = settings.given(method, **(own | request.settings.of_method(method)))
-    return request.cells(("sft", "booster", *others), [settings])
+    return request.cells(("sft", "booster", *others), [_as_booster(request.settings, *others)])
+
+
+def _of_optimizer(stage: str, sgd_lr: float) -> Callable[[Request], list[Cell]]:
+    """Methods by the optimizer of one stage; SGD has a learning rate of its own."""
+
+    def cells(request: Request) -> list[Cell]:
+        own = _as_booster(request.settings, "tensor_wise")
+        sgd = {f"{stage}_optimizer": "sgd", f"{stage}_lr": sgd_lr}
+        return request.cells(
+            ("sft", "booster", "tensor_wise"),
+            (own, replace(own, **sgd)),
+            lambda settings: {f"{stage}_optimizer": getattr(settings, f"{stage}_optimizer")},
+        )
+
+    return cells
 
 
 def _every(request: Request) -> list[Cell]:
@@ -215,6 +234,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Learning rate of the user's fine-tuning",
         "fine_tune_lr",
         _of_settings("fine_tune_lr", (5e-6, 1e-5, 1.5e-5, 3e-5, 1e-4)),
+    ),
+    "align-optimizer": Experiment(
+        "Base optimizer of the alignment", "align_optimizer", _of_optimizer("align", 0.1)
+    ),
+    "attack-optimizer": Experiment(
+        "Optimizer of the user's fine-tuning",
+        "fine_tune_optimizer",
+        _of_optimizer("fine_tune", 0.01),
+        "Norms by tensor, beside one norm for all: whether a perturbation defends best against an "
+        "attacker that moves the weights in its proportions.",
     ),
     "answer-length": Experiment(
         "Words of the answers", "answer_words", _of_settings("answer_words", (4, 8, 12, 24))

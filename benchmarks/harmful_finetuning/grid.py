@@ -41,7 +41,7 @@ __all__ = ["Cell", "base_folder", "described", "pretrain", "run"]
 
 ALIGNMENT = (
     *("dtype", "template", "end_token", "max_length", "trained", "align_steps", "align_lr"),
-    *("batch_size", "weight_decay", "max_grad_norm", "optimizer"),
+    *("batch_size", "weight_decay", "max_grad_norm", "align_optimizer"),
 )
 LORA = ("lora_r", "lora_alpha", "lora_targets")
 """Settings that, with the samples, the base and the method, decide an aligned model."""

@@ -21,6 +21,7 @@ from mini_language import REFUSAL as MINI_REFUSAL
 from mini_language import TEMPLATE as MINI_TEMPLATE
 
 ARCHITECTURES = ("llama", "gemma2", "qwen2")
+OPTIMIZERS = ["adamw", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ class Settings:
     batch_size: int = option(10, "samples a step, of every stage and loss")
     weight_decay: float = option(0.1, "AdamW's weight decay, both stages")
     max_grad_norm: float = option(1.0, "clip the combined gradient, both stages (0: do not)")
-    optimizer: str = option("adamw", "base optimizer, both stages", choices=["adamw", "sgd"])
+    align_optimizer: str = option("adamw", "base optimizer of alignment", choices=OPTIMIZERS)
 
     samples: int = option(1_000, "n, samples the user fine-tunes on")
     p: float = option(0.1, "fraction of them that is harmful")
     fine_tune_steps: int = option(2_000, "steps of the user's fine-tuning")
     fine_tune_lr: float = option(1e-5, "η of the user's fine-tuning")
+    fine_tune_optimizer: str = option("adamw", "the user's optimizer", choices=OPTIMIZERS)
 
     split: str = option("test", "prompts that are evaluated", choices=["validation", "test"])
     eval_samples: int = option(1_000, "prompts an evaluation asks, of each kind")

@@ -74,7 +74,7 @@ class _Steps:
             model = models.adapted(model, settings)
         model.train()
         kind = methods.METHODS[name].alignment
-        optimizer = training.base_optimizer(model, settings, settings.align_lr)
+        optimizer = training.align_optimizer(model, settings)
         self._stage = kind(model, optimizer, **training.given_to(kind, settings))
         self._batches = training.stream(samples.alignment, tokenizer, settings, 0)
         self._auxiliary = training.stream(samples.harmful, tokenizer, settings, 1)

@@ -25,7 +25,7 @@ from benchmarks.harmful_finetuning.settings import Settings
 from lora_alignment import Report, load_model, load_tokenizer, loading, read_json
 from mini_language import Example
 
-__all__ = ["align", "base_optimizer", "fine_tune", "given_to", "stream"]
+__all__ = ["align", "align_optimizer", "fine_tune", "given_to", "stream"]
 
 
 def align(
@@ -44,9 +44,7 @@ def align(
     if settings.trained == "lora":
         model = models.adapted(model, settings)
     kind = methods.METHODS[method].alignment
-    stage = kind(
-        model, base_optimizer(model, settings, settings.align_lr), **given_to(kind, settings)
-    )
+    stage = kind(model, align_optimizer(model, settings), **given_to(kind, settings))
     trace, seconds = _train(
         stage,
         stream(samples.alignment, tokenizer, settings, seed),
@@ -77,7 +75,10 @@ def fine_tune(
     given = given_to(kind, settings)
     if "steps" in methods.hyperparameters(kind):
         given["steps"] = settings.fine_tune_steps
-    stage = kind(model, base_optimizer(model, settings, settings.fine_tune_lr), **given)
+    optimizer = _optimizer(
+        settings.fine_tune_optimizer, model, settings.fine_tune_lr, settings.weight_decay
+    )
+    stage = kind(model, optimizer, **given)
     result: dict[str, Any] = read_json(aligned / "alignment.json")
     result["aligned"] = metrics.evaluate(model, tokenizer, settings, samples)
     result["aligned_responses"] = metrics.responses(model, tokenizer, settings, samples)
@@ -146,12 +147,17 @@ def _to_fine_tune(settings: Settings, base: Path, aligned: Path, single_adapter:
     return models.adapted(model.merge_and_unload(), settings)
 
 
-def base_optimizer(model: Any, settings: Settings, lr: float) -> Optimizer:
-    """The optimizer of either stage, of all that the model trains."""
+def align_optimizer(model: Any, settings: Settings) -> Optimizer:
+    """The base optimizer of the alignment stage."""
+    return _optimizer(settings.align_optimizer, model, settings.align_lr, settings.weight_decay)
+
+
+def _optimizer(name: str, model: Any, lr: float, weight_decay: float) -> Optimizer:
+    """An optimizer of all that the model trains."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if settings.optimizer == "sgd":
+    if name == "sgd":
         return SGD(parameters, lr=lr, momentum=0.9)
-    return AdamW(parameters, lr=lr, weight_decay=settings.weight_decay, fused=True)
+    return AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def stream(
