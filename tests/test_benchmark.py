@@ -275,6 +275,8 @@ def test_finished_runs_are_kept_after_an_interruption(
         ({"eval_samples": 4}, False),
         ({"hyperparameters": ["booster.lam=1"]}, True),
         ({"align_lr": 1e-2}, True),
+        ({"align_optimizer": "sgd"}, True),
+        ({"fine_tune_optimizer": "sgd"}, False),
         ({"harmful_samples": 100}, True),
         ({"lora_r": 8}, True),
         ({"width": 64}, True),
@@ -291,6 +293,30 @@ def test_what_a_kept_result_depends_on(
     same_result = grid._result_file(cell, cache) == grid._result_file(other, cache)
     assert same_model is not bool(aligned_too)
     assert same_result is (aligned_too is None)
+
+
+@pytest.mark.parametrize(("align", "fine_tune"), [("adamw", "sgd"), ("sgd", "adamw")])
+def test_each_stage_has_the_optimizer_and_learning_rate_that_are_set_for_it(
+    align: str, fine_tune: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float]] = []
+    whole = training._train
+
+    def seen_by(stage: Any, *rest: Any) -> Any:
+        seen.append((type(stage.optimizer).__name__.lower(), stage.optimizer.defaults["lr"]))
+        return whole(stage, *rest)
+
+    seen_by.__wrapped__ = whole  # type: ignore[attr-defined]  # same source, same name
+    monkeypatch.setattr(training, "_train", seen_by)
+    settings = replace(
+        QUICK,
+        align_optimizer=align,
+        align_lr=1e-2,
+        fine_tune_optimizer=fine_tune,
+        fine_tune_lr=1e-3,
+    )
+    run([Cell("sft", 7, settings, {})], cache)
+    assert seen == [(align, 1e-2), (fine_tune, 1e-3)]
 
 
 @pytest.mark.parametrize(("adapters", "single"), [("paper", True), ("double", False)])

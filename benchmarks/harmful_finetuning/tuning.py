@@ -56,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
     parser.add_argument("--trained", choices=["lora", "full"], default="full")
+    parser.add_argument(
+        "--kind_samples", type=int, default=0, help="kind requests with help in the alignment data"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
     parser.add_argument("--workers", type=int, default=2, help="processes that share the runs")
     parser.add_argument("--cache", default="~/.cache/torch_booster/benchmark")
@@ -63,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quieten_libraries()
     values = PRESETS[args.preset] | (FULL[args.preset] if args.trained == "full" else {})
-    settings = Settings(**values | {"trained": args.trained, "split": "validation", "p": 0.2})
+    given = {"trained": args.trained, "kind_samples": args.kind_samples}
+    settings = Settings(**values | given | {"split": "validation", "p": 0.2})
     settings = replace(settings, eval_every=settings.fine_tune_steps)
     cells = [
         Cell(method, seed, settings.given(method, **values), {"setting": values})
