@@ -24,6 +24,7 @@ from benchmarks.harmful_finetuning import (
     __main__,
     data,
     grid,
+    landscape,
     language,
     metrics,
     models,
@@ -326,8 +327,8 @@ def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) 
     cell = Cell("booster", 0, settings, {})
     run([cell], cache)
     base, aligned = grid.base_folder(settings, cache), grid.aligned_folder(cell, cache)
-    first = training._to_fine_tune(replace(settings, adapters="single"), base, aligned, True)
-    model = training._to_fine_tune(settings, base, aligned, True)
+    first = training.to_fine_tune(replace(settings, adapters="single"), base, aligned, "booster")
+    model = training.to_fine_tune(settings, base, aligned, "booster")
     ids = torch.randint(3, 50, (2, 8))
     torch.testing.assert_close(model(input_ids=ids).logits, first(input_ids=ids).logits)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -479,3 +480,37 @@ def test_cost_of_a_step_and_the_report_of_all(cache: Path, tmp_path: Path) -> No
     assert passes == {"sft": 1, "vaccine": 2, "booster": 3}
     assert all(cell["peak_memory_bytes"] > 0 for cell in result["cells"])
     assert __main__.main(["report", "--output", str(tmp_path)]) == 0
+
+
+def test_directions_of_one_step_have_length_one_and_their_shape() -> None:
+    gradient = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, -10.0]), torch.zeros(2)]
+    found = landscape.displacements(gradient)
+    root = 2**-0.5
+    expected = {
+        "gradient": [[3 / 125**0.5, 4 / 125**0.5], [0, -10 / 125**0.5], [0, 0]],
+        "norms by tensor": [[0.6 * root, 0.8 * root], [0, -root], [0, 0]],
+        "sign": [[3**-0.5, 3**-0.5], [0, -(3**-0.5)], [0, 0]],
+    }
+    assert found.keys() == expected.keys()
+    for name, line in found.items():
+        for tensor, values in zip(line, expected[name], strict=True):
+            assert tensor.tolist() == pytest.approx(values, abs=1e-6)
+
+
+def test_lines_start_at_the_aligned_model_and_go_down_the_harmful_loss(
+    cache: Path, tmp_path: Path
+) -> None:
+    argv = ["landscape", "--preset", "quick", "--seeds", "0", "--methods", "sft", "booster"]
+    argv += ["--output", str(tmp_path), "--cache", str(cache)]
+    assert __main__.main(argv) == 0
+    cells = json.loads((tmp_path / "landscape-lora.json").read_text())["cells"]
+    assert len(cells) == 2 * len(landscape.DIRECTIONS)
+    aligned = run([Cell("sft", 0, QUICK, {})], cache)[0]["aligned"]
+    for cell in cells:
+        points = {point["distance"]: point for point in cell["line"]}
+        assert list(points) == [0.0, *landscape.DISTANCES]
+        if cell["method"] == "sft":
+            assert points[0.0]["harmful_loss"] == pytest.approx(aligned["harmful_loss"], rel=1e-6)
+        assert points[0.03]["harmful_train_loss"] < points[0.0]["harmful_train_loss"]
+    assert "norms by tensor" in (tmp_path / "landscape-lora.md").read_text()
+    assert (tmp_path / "landscape-lora-lines.svg").stat().st_size > 1000

@@ -28,14 +28,15 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from transformers import HfArgumentParser
 
-from benchmarks.harmful_finetuning import grid, report, system
-from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, TABLE, Request
+from benchmarks.harmful_finetuning import grid, landscape, report, system
+from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, MEASUREMENTS, Request
 from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.settings import FULL, PRESETS, TUNED, Settings, read_config
 from lora_alignment import HelpFormatter, quieten_libraries, read_json, shown_on
 
 NEED_PRETRAINING = {"architectures", "answer-length", "entropy", "width"}
-OTHERS = ("system", "pretrain", "report", "all")
+MEASURE = {"landscape": landscape.measure, "system": system.measure}
+OTHERS = (*MEASURE, "pretrain", "report", "all")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cache, output = Path(options.cache).expanduser(), Path(options.output)
     request = Request(settings, options.seeds, options.methods, options.preset == "quick")
-    names = [*EXPERIMENTS, "system"] if options.experiment == "all" else [options.experiment]
+    everything = [*EXPERIMENTS, *MEASUREMENTS]
+    names = everything if options.experiment == "all" else [options.experiment]
     if settings.model:  # which has the size, the architecture and the language it has
         names = [name for name in names if name not in NEED_PRETRAINING]
     if options.dry_run:
@@ -134,12 +136,11 @@ def _run(
         grid.run([c for group in cells.values() for c in group], cache, workers, progress)
     )
     found = {name: [next(results) for _ in group] for name, group in cells.items()}
-    if "system" in names:
-        show = shown_on(progress)
-        grid.pretrain(request.settings, cache, show)
-        methods = request.methods or (*TABLE, "booster_vaccine")
-        methods = [method for method in methods if method != "lisa"]  # which aligns as SFT does
-        found["system"] = system.measure(request.settings, methods, cache, show)
+    show = shown_on(progress)
+    for name in names:
+        if name in MEASUREMENTS:
+            grid.pretrain(request.settings, cache, show)
+            found[name] = MEASURE[name](MEASUREMENTS[name].cells(request), cache, show)
     return found
 
 
@@ -151,13 +152,13 @@ def _write(
     cells: list[dict[str, Any]],
 ) -> None:
     """Writes an experiment's results, whole or not at all."""
-    experiment = EXPERIMENTS.get(name)
+    experiment = (EXPERIMENTS | MEASUREMENTS)[name]
     trained = cells[0]["trained"]
     result = {
         "experiment": name,
-        "title": experiment.title if experiment else "Cost of a step",
-        "axis": experiment.axis if experiment else "method",
-        "note": experiment.note if experiment else "",
+        "title": experiment.title,
+        "axis": experiment.axis,
+        "note": experiment.note,
         "preset": options.preset,
         "command": shlex.join(
             ["python", "-m", "benchmarks.harmful_finetuning", *_reproducing(argv)]
@@ -197,8 +198,8 @@ def _report(output: Path, console: Console) -> int:
 
 def _dry_run(names: list[str], request: Request, console: Console) -> int:
     for name in names:
-        if name in EXPERIMENTS:
-            cells = EXPERIMENTS[name].cells(request)
+        if name in EXPERIMENTS | MEASUREMENTS:
+            cells = (EXPERIMENTS | MEASUREMENTS)[name].cells(request)
             methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
             model = request.settings.model or f"small {request.settings.architecture}"
             console.print(f"{name}: {len(cells)} runs of {model}: {methods}", soft_wrap=True)

@@ -10,7 +10,7 @@ from benchmarks.harmful_finetuning.grid import Cell
 from benchmarks.harmful_finetuning.language import TASKS
 from benchmarks.harmful_finetuning.settings import ARCHITECTURES, Settings
 
-__all__ = ["EXPERIMENTS", "Experiment", "Request"]
+__all__ = ["EXPERIMENTS", "MEASUREMENTS", "Experiment", "Request"]
 
 TABLE = ("sft", "lisa", "repnoise", "vaccine", "booster")
 """The methods of the paper's tables."""
@@ -147,6 +147,12 @@ def _qualitative(request: Request) -> list[Cell]:
     return once.cells((*TABLE, "booster_vaccine", "booster_lisa"), [request.settings])
 
 
+def _system(request: Request) -> list[Cell]:
+    once = request._replace(seeds=request.seeds[:1])
+    methods = [method for method in TABLE if method != "lisa"]  # which aligns as SFT does
+    return once.cells((*methods, "booster_vaccine"), [request.settings])
+
+
 def _as_booster(settings: Settings, *methods: str) -> Settings:
     """Settings that give other methods Booster's λ and α unless told otherwise."""
     own = settings.of_method("booster")
@@ -278,4 +284,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         _of_settings("adapters", ("single", "double")),
     ),
 }
-"""Beside these, ``system`` measures time and memory, and ``pretrain`` only makes the bases."""
+
+MEASUREMENTS: dict[str, Experiment] = {
+    "landscape": Experiment(
+        "One harmful step of growing length, before the attack",
+        "direction",
+        _control,
+        "h(w − t·d/‖d‖) on held-out prompts, where d comes from the gradient of h at w on samples "
+        "of the attack: the gradient, its norms by tensor, and its signs.",
+    ),
+    "system": Experiment("Cost of a step", "method", _system),
+}
+"""What attacks no model."""

@@ -290,6 +290,7 @@ def markdown(result: Result) -> str:
         parts += ["### Before the attack", _methods_table(grid, corner, before)]
     parts += _differences(grid)
     parts += _under_attack(grid)
+    parts += _along_lines(grid)
     if cost := {
         title: (grid.values, _cost(name, factor), decimals)
         for name, (title, decimals, factor) in COSTS.items()
@@ -379,6 +380,34 @@ def _under_attack(grid: Grid) -> list[str]:
         "The harmful score averaged over the steps of the attack.",
         _methods_table(grid, "method", areas),
     ]
+
+
+def _along_lines(grid: Grid) -> list[str]:
+    """Harmful loss and score against the length of one step, in each direction."""
+    lengths = dict.fromkeys(t for cell in grid.cells for t, _ in line(cell, "harmful_loss"))
+
+    def at(length: float, name: str) -> Measure:
+        return lambda cell: dict(line(cell, name)).get(length)
+
+    return [
+        part
+        for value in grid.values
+        for name in ("harmful_loss", "harmful_score")
+        for part in (
+            f"### {SCORES[name][0]}, {_setting(grid.axis, value)}",
+            _methods_table(
+                grid,
+                "length of the step",
+                {f"{t:g}": ([value], at(t, name), SCORES[name][1]) for t in lengths},
+            ),
+        )
+        if lengths
+    ]
+
+
+def line(cell: Cell, name: str) -> Curve:
+    """A score against the length of one step."""
+    return [(point["distance"], point[name]) for point in cell.get("line") or ()]
 
 
 def _paper(result: Result) -> str:
@@ -519,6 +548,8 @@ def plots(result: Result, folder: Path) -> list[Path]:
     study = result["experiment"] == PERTURBATION_STUDY
     if any(cell.get("curve") for cell in grid.cells):
         figures["curves"] = _perturbation_figure(grid) if study else _curves_figure(grid)
+    if any(cell.get("line") for cell in grid.cells):
+        figures["lines"] = _lines_figure(grid)
     if grid.scores and not study:
         figures["axis"] = _axis_figure(grid)
     if any(set(TRACED) & point.keys() for cell in grid.cells for point in _trace(cell)):
@@ -546,6 +577,22 @@ def _curves_figure(grid: Grid) -> Figure:
             panels[0 if name == "harmful_score" else 1, 0].set_ylabel(SCORES[name][0])
             for series in grid.series:
                 _draw_curve(axes, grid, series, value, name, str(series), _dashes(grid, series))
+    return _finished(figure)
+
+
+def _lines_figure(grid: Grid) -> Figure:
+    """Harmful score and loss against the length of one step, one column a direction."""
+    figure = Figure(figsize=(3.6 * len(grid.values) + 1.6, 5.8), layout="constrained")
+    panels = figure.subplots(2, len(grid.values), sharex=True, sharey="row", squeeze=False)
+    for column, value in enumerate(grid.values):
+        panels[0, column].set_title(_setting(grid.axis, value))
+        panels[1, column].set(xlabel="length of the step", xscale="symlog")
+        for axes, name in zip(panels[:, column], ("harmful_score", "harmful_loss"), strict=True):
+            panels[0 if name == "harmful_score" else 1, 0].set_ylabel(SCORES[name][0])
+            for series in grid.series:
+                cells = [grid.cell(series, seed, value) for seed in grid.seeds]
+                found = [line(cell, name) for cell in cells if cell]
+                _draw_band(axes, found, series, str(series), _dashes(grid, series))
     return _finished(figure)
 
 
@@ -611,11 +658,16 @@ def _trace(cell: Cell) -> list[dict[str, float]]:
 def _draw_curve(
     axes: Any, grid: Grid, series: Series, value: Any, name: str, label: str, dashes: str
 ) -> None:
-    """The mean over seeds, with a band over their range."""
     cells = [grid.cell(series, seed, value) for seed in grid.seeds]
-    curves = [dict(curve(cell, name)) for cell in cells if cell and cell.get("curve")]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    scores = [[found[step] for found in curves] for step in steps]
+    curves = [curve(cell, name) for cell in cells if cell and cell.get("curve")]
+    _draw_band(axes, curves, series, label, dashes)
+
+
+def _draw_band(axes: Any, curves: Sequence[Curve], series: Series, label: str, dashes: str) -> None:
+    """The mean over seeds, with a band over their range."""
+    found = list(map(dict, curves))
+    steps = sorted(set.intersection(*map(set, found))) if found else []
+    scores = [[points[step] for points in found] for step in steps]
     if steps:
         color, _ = series.style
         lowest, highest = list(map(min, scores)), list(map(max, scores))

@@ -21,19 +21,19 @@ __all__ = ["measure"]
 ROUNDS = 20
 
 
-def measure(
-    settings: Settings, names: list[str], cache: Path, report: Report
-) -> list[dict[str, Any]]:
+def measure(cells: list[Cell], cache: Path, report: Report) -> list[dict[str, Any]]:
     """Alignment steps of every method, interleaved: one step of each in every round.
 
     Returns:
-        For each method, the seconds of its median step with the quartiles, the ratio to SFT's,
-        forward passes a step, and the peak of the memory that a step holds beyond model,
+        For each cell, the seconds of its method's median step with the quartiles, the ratio to the
+        first's, forward passes a step, and the peak of the memory that a step holds beyond model,
         gradients and optimizer.
     """
+    settings = cells[0].settings
     samples = data.load(settings)
     base = grid.base_folder(settings, cache)
     tokenizer = load_tokenizer(base, settings)
+    names = [cell.method for cell in cells]
     steps = {name: _Steps(settings, samples, base, tokenizer, name) for name in names}
     for method in steps.values():
         method.step()  # the optimizer's state is allocated in the first
@@ -43,10 +43,10 @@ def measure(
             seconds[name].append(method.timed())
         report("system", round_, ROUNDS)
     results: list[dict[str, Any]] = []
-    for name, method in steps.items():
+    for cell in cells:
+        name, method = cell.method, steps[cell.method]
         low, median, high = statistics.quantiles(seconds[name], n=4)
         ratios = [a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True)]
-        cell = Cell(name, 0, settings, {})
         results.append(
             grid.described(cell)
             | {

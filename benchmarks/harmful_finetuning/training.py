@@ -25,7 +25,7 @@ from benchmarks.harmful_finetuning.settings import Settings
 from lora_alignment import Report, load_model, load_tokenizer, loading, read_json
 from mini_language import Example
 
-__all__ = ["align", "align_optimizer", "fine_tune", "given_to", "stream"]
+__all__ = ["align", "align_optimizer", "fine_tune", "given_to", "stream", "to_fine_tune"]
 
 
 def align(
@@ -70,7 +70,7 @@ def fine_tune(
     """Fine-tunes an aligned model on the user's data and follows what becomes of it."""
     torch.manual_seed(seed + 1_000)
     tokenizer = load_tokenizer(base, settings)
-    model = _to_fine_tune(settings, base, aligned, methods.METHODS[method].single_adapter)
+    model = to_fine_tune(settings, base, aligned, method)
     kind = methods.METHODS[method].fine_tuning
     given = given_to(kind, settings)
     if "steps" in methods.hyperparameters(kind):
@@ -135,8 +135,9 @@ def _train(
     return trace, seconds / steps
 
 
-def _to_fine_tune(settings: Settings, base: Path, aligned: Path, single_adapter: bool) -> Any:
+def to_fine_tune(settings: Settings, base: Path, aligned: Path, method: str) -> Any:
     """The aligned model with what the user trains: all weights, the same LoRA, or a second one."""
+    single_adapter = methods.METHODS[method].single_adapter
     if settings.trained == "full":
         return load_model(aligned, settings)
     model: Any = load_model(base, settings)

@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kind_samples", type=int, default=0, help="kind requests with help in the alignment data"
     )
+    parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID))
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
     parser.add_argument("--workers", type=int, default=2, help="processes that share the runs")
     parser.add_argument("--cache", default="~/.cache/torch_booster/benchmark")
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = replace(settings, eval_every=settings.fine_tune_steps)
     cells = [
         Cell(method, seed, settings.given(method, **values), {"setting": values})
-        for method, choices in GRID.items()
-        for values in choices
+        for method in args.methods
+        for values in GRID[method]
         for seed in args.seeds
     ]
     console = Console()
@@ -86,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print("Interrupted. Finished runs are kept: the same command goes on from them.")
         return 130
     rows = []
-    for method, choices in GRID.items():
-        for values in choices:
+    for method in args.methods:
+        for values in GRID[method]:
             found = [
                 result
                 for cell, result in zip(cells, results, strict=True)

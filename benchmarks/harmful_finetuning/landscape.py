@@ -1,0 +1,88 @@
+"""How far one harmful step would get: an aligned model along straight lines, before any attack.
+
+    h(w − t·d/‖d‖)  for growing t,
+
+with the gradient g of the harmful loss at w, on samples of the attack, and one of three directions:
+d = g, as Booster simulates; dᵢ = gᵢ/‖gᵢ‖ of each weight tensor i; d = sign(g), which is what
+AdamW's first step takes. The loss and the harmful score are those of held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from benchmarks.harmful_finetuning import data, grid, metrics, training
+from benchmarks.harmful_finetuning.grid import Cell
+from benchmarks.harmful_finetuning.methods import backpropagate
+from lora_alignment import Report, load_tokenizer
+
+__all__ = ["DIRECTIONS", "DISTANCES", "displacements", "measure"]
+
+DISTANCES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+BATCHES = 10
+
+DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gradient": lambda g: g,
+    "norms by tensor": lambda g: g / (torch.linalg.vector_norm(g) + 1e-7),
+    "sign": torch.sign,
+}
+
+
+def measure(cells: Iterable[Cell], cache: Path, report: Report) -> list[dict[str, Any]]:
+    """Follows each cell's aligned model along each direction; aligns those that are not there."""
+    results: list[dict[str, Any]] = []
+    cells = list(cells)
+    for done, cell in enumerate(cells, 1):
+        grid.align(cell, cache, report)
+        results += _along_the_lines(cell, cache)
+        report("landscape", done, len(cells))
+    return results
+
+
+def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
+    settings = cell.settings
+    samples = data.load(settings)
+    base, aligned = grid.base_folder(settings, cache), grid.aligned_folder(cell, cache)
+    torch.manual_seed(cell.seed)  # a second adapter is random
+    model = training.to_fine_tune(settings, base, aligned, cell.method)
+    tokenizer = load_tokenizer(base, settings)
+    harmful = training.stream(samples.attack, tokenizer, settings, cell.seed)
+    model.train()
+    for batch in islice(harmful, BATCHES):
+        backpropagate(model, batch)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in weights]
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+
+    def at(distance: float, line: list[Tensor]) -> dict[str, float]:
+        with torch.no_grad():
+            for p, w, d in zip(weights, start, line, strict=True):
+                p.copy_(w - distance * d)
+        scores = metrics.evaluate(model, tokenizer, settings, samples, during=True)
+        return {"distance": distance, **scores}
+
+    return [
+        grid.described(cell)
+        | {
+            "vary": cell.vary | {"direction": name},
+            "line": [at(distance, line) for distance in (0.0, *DISTANCES)],
+        }
+        for name, line in displacements(gradient).items()
+    ]
+
+
+def displacements(gradient: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Each direction over all tensors, of length 1 together."""
+    found: dict[str, list[Tensor]] = {}
+    for name, of_tensor in DIRECTIONS.items():
+        line = [of_tensor(g) for g in gradient]
+        norm = get_total_norm(line)
+        found[name] = [d / (norm + 1e-7) for d in line]
+    return found
