@@ -46,6 +46,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -1101,9 +1102,13 @@ def quieten_libraries() -> None:
 
 
 def start_worker(events: Any, stop: Any, threads: int) -> None:
-    """Prepares a worker process: Ctrl-C is the parent's to handle, which then sets ``stop``."""
+    """Prepares a worker process: Ctrl-C is the parent's to handle, which then sets ``stop``.
+
+    It ends with the parent, also where that was killed and could not say so.
+    """
     global _report
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     events.cancel_join_thread()  # progress nobody reads must not keep the process alive
     torch.set_num_threads(threads)
     quieten_libraries()
@@ -1115,6 +1120,13 @@ def start_worker(events: Any, stop: Any, threads: int) -> None:
             events.put((name, done, total))
 
     _report = report
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # finished stages are on disk, whole; nobody waits for this one
 
 
 def in_worker(run: Callable[..., Any], *arguments: Any) -> Any:

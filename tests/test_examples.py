@@ -162,6 +162,35 @@ def test_workers_share_the_runs(tmp_path: Path) -> None:
     assert len(record["results"]) == 6
 
 
+POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from lora_alignment import start_worker
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    given = context.Queue(), context.Event(), 1
+    with ProcessPoolExecutor(1, context, start_worker, given) as pool:
+        print(pool.submit(abs, -1).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "examples")},
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "1\n"
+    parent.kill()
+    parent.communicate(timeout=60)  # until the worker, which has the same output, has ended too
+
+
 def test_sft_is_booster_with_lam_zero(demo: Path) -> None:
     from safetensors.torch import load_file
 

@@ -242,12 +242,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         _of_settings("fine_tune_lr", (5e-6, 1e-5, 1.5e-5, 3e-5, 1e-4)),
     ),
     "align-optimizer": Experiment(
-        "Base optimizer of the alignment", "align_optimizer", _of_optimizer("align", 0.1)
+        "Base optimizer of the alignment", "align_optimizer", _of_optimizer("align", 0.03)
     ),
     "attack-optimizer": Experiment(
         "Optimizer of the user's fine-tuning",
         "fine_tune_optimizer",
-        _of_optimizer("fine_tune", 0.01),
+        _of_optimizer("fine_tune", 0.001),
         "Norms by tensor, beside one norm for all: whether a perturbation defends best against an "
         "attacker that moves the weights in its proportions.",
     ),
