@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.harmful_finetuning.methods.booster import Booster
 from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine
+from benchmarks.harmful_finetuning.methods.booster_warmed import BoosterWarmed
 from benchmarks.harmful_finetuning.methods.booster_weighted import BoosterWeighted
 from benchmarks.harmful_finetuning.methods.lisa import Lisa
 from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection
@@ -28,6 +29,7 @@ __all__ = [
     "Booster",
     "BoosterHeld",
     "BoosterVaccine",
+    "BoosterWarmed",
     "BoosterWeighted",
     "Lisa",
     "Method",
@@ -67,6 +69,7 @@ METHODS: dict[str, Method] = {
     "booster_vaccine": Method(BoosterVaccine, SFT, True, f"{BOOSTER}; {VACCINE}"),
     "booster_lisa": Method(Booster, Lisa, True, f"{BOOSTER}; {LISA}"),
     "booster_held": Method(BoosterHeld, SFT, True, "a variation, not from a paper"),
+    "booster_warmed": Method(BoosterWarmed, SFT, True, "a variation, not from a paper"),
     "booster_weighted": Method(BoosterWeighted, SFT, True, "a variation, not from a paper"),
     "random_direction": Method(RandomDirection, SFT, True, "a control, not from a paper"),
     "tensor_wise": Method(TensorWise, SFT, True, "a comparison, not from a paper"),
