@@ -35,6 +35,7 @@ from benchmarks.harmful_finetuning.methods import (  # noqa: E402
     Booster,
     BoosterHeld,
     BoosterVaccine,
+    BoosterWarmed,
     BoosterWeighted,
     Lisa,
     RandomDirection,
@@ -206,6 +207,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster_vaccine": (BoosterVaccine, SFT, True),
         "booster_lisa": (Booster, Lisa, True),
         "booster_held": (BoosterHeld, SFT, True),
+        "booster_warmed": (BoosterWarmed, SFT, True),
         "booster_weighted": (BoosterWeighted, SFT, True),
         "random_direction": (RandomDirection, SFT, True),
         "tensor_wise": (TensorWise, SFT, True),
@@ -594,6 +596,19 @@ def test_the_regulariser_at_every_step_is_booster(kind: type[Stage]) -> None:
     model.zero_grad()
     make(Booster, model).backward(learned(), auxiliary())
     assert all(torch.equal(a, b) for a, b in zip(found, grads(model), strict=True))
+
+
+def test_the_intensity_grows_over_the_warm_up() -> None:
+    model, lam, alpha = tiny(lora=True), 3.0, 0.2
+    stage = make(BoosterWarmed, model, lam=lam, alpha=alpha, warmup=2)
+    batches, harmful = learned(), auxiliary()
+    for step, share in enumerate((0.0, 0.5, 1.0, 1.0)):
+        expected = booster_oracle(model, share * lam, alpha, step, 100 + step)
+        stage.optimizer.zero_grad()
+        stage.backward(batches, harmful)
+        assert agree(grads(model), expected)
+        stage.optimizer.step()
+    assert harmful.next == 104
 
 
 def test_passes_of_a_step() -> None:

@@ -323,6 +323,35 @@ def test_every_third_step_is_three_times_as_heavy(tmp_path: Path, stream: str) -
         assert_equal_runs(resumed, trainer, from_step=cut)
 
 
+def test_lam_grows_over_the_warm_up(tmp_path: Path) -> None:
+    """Also after a resume in between."""
+
+    def run(folder: str, resume: str | None = None) -> Any:
+        trainer = make_trainer(
+            tmp_path / folder,
+            booster=BoosterArguments(LAM, ALPHA, 3, lam_warmup_steps=4),
+            gradient_accumulation_steps=2,
+            max_steps=5,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        recorder = Recorder(trainer.model)
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, recorder
+
+    trainer, recorder = run("a")
+    assert [len(step.passes) for step in recorder.steps] == [2, 4, 4, 4, 4]
+    for t, step in enumerate(recorder.steps[1:], 1):
+        alignment, harmful = step.split()
+        lam = LAM * min(1.0, t / 4)
+        wanted = expected(recorder, step.weights, alignment, [harmful], lam=lam)
+        assert_close(step.grads, wanted)
+    assert trainer.optimizer.optimizer.lam == LAM
+    resumed, _ = run("b", str(tmp_path / "a" / "checkpoint-3"))
+    assert_equal_runs(resumed, trainer, from_step=3)
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_loss_that_counts_no_tokens(tmp_path: Path, accumulation: int) -> None:
     """Such a loss is averaged over micro-batches, of which the harmful batch has one."""
@@ -997,6 +1026,11 @@ def test_bad_lam_is_refused_by_train(tmp_path: Path) -> None:
 def test_every_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"every is 0\. Pass 1"):
         BoosterArguments(every=0)
+
+
+def test_a_negative_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lam_warmup_steps is -1\. Pass 0"):
+        BoosterArguments(lam_warmup_steps=-1)
 
 
 def test_arguments_from_the_command_line() -> None:

@@ -97,16 +97,18 @@ def _perturbation_study(request: Request) -> list[Cell]:
     return request.cells(("sft", "booster"), settings, lambda s: {"fine-tuning": kinds[s.p]})
 
 
-def _of_booster(name: str, values: Sequence[float]) -> Callable[[Request], list[Cell]]:
-    """Booster at several values of a hyperparameter, and SFT beside it."""
+def _of_booster(
+    name: str, values: Sequence[float], method: str = "booster"
+) -> Callable[[Request], list[Cell]]:
+    """Booster, or a variation, at several values of a hyperparameter, and SFT beside it."""
 
     def cells(request: Request) -> list[Cell]:
         return [
             cell
             for value in request.axis(values)
             for cell in request.cells(
-                ("sft", "booster"),
-                [request.settings.given("booster", **{name: value})],
+                ("sft", method),
+                [request.settings.given(method, **{name: value})],
                 lambda _, value=value: {name: value},
             )
         ]
@@ -209,6 +211,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "lambda": Experiment("Intensity λ", "lam", _of_booster("lam", (0.1, 0.5, 1.0, 5.0, 20.0))),
     "alpha": Experiment("Step size α", "alpha", _of_booster("alpha", (0.01, 0.03, 0.1, 0.3, 1.0))),
+    "warmup": Experiment(
+        "Steps over which λ grows from zero",
+        "warmup",
+        _of_booster("warmup", (1, 100, 500, 1000), "booster_warmed"),
+        "With 1 the first step alone lacks the regulariser.",
+    ),
     "harmful-samples": Experiment(
         "Number of harmful samples the defense simulates with", "harmful_samples", _harmful_samples
     ),

@@ -60,13 +60,18 @@ class BoosterArguments:
             "help": "Regularise at every k-th step, k times as heavy: 1 + 2/k passes a step."
         },
     )
+    lam_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Steps over which λ grows linearly from zero: against the easy way out."},
+    )
 
     def __post_init__(self) -> None:
         """Refuses values that could only fail once the run has begun.
 
         Raises:
             TypeError: λ or α is no number.
-            ValueError: λ or α is negative or not finite, or the batch size or k is below 1.
+            ValueError: λ or α is negative or not finite, the batch size or k is below 1, or
+                the warm-up is negative.
         """
         checked("lam", self.lam)
         checked("alpha", self.alpha)
@@ -78,6 +83,11 @@ class BoosterArguments:
             )
         if self.every < 1:
             raise ValueError(f"every is {self.every}. Pass 1 to regularise at every step.")
+        if self.lam_warmup_steps < 0:
+            raise ValueError(
+                f"lam_warmup_steps is {self.lam_warmup_steps}. Pass 0 for the full λ from the "
+                "first step on."
+            )
 
 
 class BoosterMixin(Trainer):
@@ -86,7 +96,8 @@ class BoosterMixin(Trainer):
     1. The base optimizer, whichever way it was chosen, is wrapped in a `BoosterOptimizer`.
     2. Once per optimizer step, before the forward pass of its last micro-batch, the regulariser
        is added to `.grad`. Accumulation, clipping and the step then see the combined gradient.
-       With `every=k` this happens at steps 0, k, 2k, ..., with k·λ in the place of λ.
+       With `every=k` this happens at steps 0, k, 2k, ..., with k·λ in the place of λ; with
+       `lam_warmup_steps=T` λ·min(1, t/T) stands for λ at step t, and step 0 is plain.
     3. A harmful pass is an ordinary training step of the trainer on a harmful batch: same loss,
        label smoothing, precision and collator, normalised by the batch's own token count.
     4. Harmful batch number n belongs to optimizer step n·k, whatever happened before. A resumed
@@ -195,11 +206,13 @@ class BoosterMixin(Trainer):
 
     def _regularize(self, run: Callable[..., Tensor]) -> None:
         booster = _bare(self.optimizer)
-        if all(group["booster_lam"] == 0 for group in booster.param_groups):
+        warmup = self.booster_args.lam_warmup_steps
+        share = min(1.0, self.state.global_step / warmup) if warmup else 1.0
+        if all(share * group["booster_lam"] == 0 for group in booster.param_groups):
             return
         batch = self._next_harmful_batch()
         num_items = self._get_num_items_in_batch([batch], self.args.device)
-        with _kept(self, RECORDS):
+        with _kept(self, RECORDS), _weighted(booster, share):
             self.current_gradient_accumulation_steps = 1  # h is not accumulated
             booster.regularize(lambda: run(batch, num_items))
         values = [v.to(self.args.device, torch.float32) for v in booster.diagnostics]
@@ -305,6 +318,19 @@ def _random_state_kept() -> Generator[None]:
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
+
+
+@contextmanager
+def _weighted(booster: BoosterOptimizer, share: float) -> Generator[None]:
+    """A share of every group's λ, for one regulariser; saved and shown is the whole."""
+    whole = [group["booster_lam"] for group in booster.param_groups]
+    try:
+        for group in booster.param_groups:
+            group["booster_lam"] *= share
+        yield
+    finally:
+        for group, lam in zip(booster.param_groups, whole, strict=True):
+            group["booster_lam"] = lam
 
 
 @contextmanager
