@@ -35,6 +35,7 @@ from benchmarks.harmful_finetuning.settings import FULL, PRESETS, TUNED, Setting
 from lora_alignment import HelpFormatter, quieten_libraries, read_json, shown_on
 
 NEED_PRETRAINING = {"architectures", "answer-length", "entropy", "width"}
+ALL = EXPERIMENTS | MEASUREMENTS
 MEASURE = {"landscape": landscape.measure, "system": system.measure}
 OTHERS = (*MEASURE, "pretrain", "report", "all")
 
@@ -51,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cache, output = Path(options.cache).expanduser(), Path(options.output)
     request = Request(settings, options.seeds, options.methods, options.preset == "quick")
-    everything = [*EXPERIMENTS, *MEASUREMENTS]
-    names = everything if options.experiment == "all" else [options.experiment]
+    names = list(ALL) if options.experiment == "all" else [options.experiment]
     if settings.model:  # which has the size, the architecture and the language it has
         names = [name for name in names if name not in NEED_PRETRAINING]
     if options.dry_run:
@@ -152,7 +152,7 @@ def _write(
     cells: list[dict[str, Any]],
 ) -> None:
     """Writes an experiment's results, whole or not at all."""
-    experiment = (EXPERIMENTS | MEASUREMENTS)[name]
+    experiment = ALL[name]
     trained = cells[0]["trained"]
     result = {
         "experiment": name,
@@ -198,8 +198,8 @@ def _report(output: Path, console: Console) -> int:
 
 def _dry_run(names: list[str], request: Request, console: Console) -> int:
     for name in names:
-        if name in EXPERIMENTS | MEASUREMENTS:
-            cells = (EXPERIMENTS | MEASUREMENTS)[name].cells(request)
+        if name in ALL:
+            cells = ALL[name].cells(request)
             methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
             model = request.settings.model or f"small {request.settings.architecture}"
             console.print(f"{name}: {len(cells)} runs of {model}: {methods}", soft_wrap=True)

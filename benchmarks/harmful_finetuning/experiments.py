@@ -150,9 +150,9 @@ def _qualitative(request: Request) -> list[Cell]:
 
 
 def _system(request: Request) -> list[Cell]:
-    once = request._replace(seeds=request.seeds[:1])
-    methods = [method for method in TABLE if method != "lisa"]  # which aligns as SFT does
-    return once.cells((*methods, "booster_vaccine"), [request.settings])
+    methods = request.methods or (*TABLE, "booster_vaccine")
+    methods = [method for method in methods if method != "lisa"]  # which aligns as SFT does
+    return [Cell(method, 0, request.settings, {}) for method in methods]
 
 
 def _as_booster(settings: Settings, *methods: str) -> Settings:

@@ -37,7 +37,7 @@ from lora_alignment import (
     written_whole,
 )
 
-__all__ = ["Cell", "base_folder", "described", "pretrain", "run"]
+__all__ = ["Cell", "base_folder", "described", "pretrain", "run", "samples_of"]
 
 ALIGNMENT = (
     *("dtype", "template", "end_token", "max_length", "trained", "align_steps", "align_lr"),
@@ -56,7 +56,8 @@ class Cell(NamedTuple):
     vary: dict[str, Any]  # what the experiment sweeps beside p, samples, task and architecture
 
 
-def _samples(settings: Settings) -> data.Samples:
+def samples_of(settings: Settings) -> data.Samples:
+    """The samples of a run, which runs of the same settings share."""
     return _loaded(json.dumps(asdict(settings)))
 
 
@@ -82,7 +83,7 @@ def aligned_folder(cell: Cell, cache: Path) -> Path:
     settings = {name: getattr(cell.settings, name) for name in names}
     kind = methods.METHODS[cell.method].alignment
     sources = _sources(kind, training.align, training._train, load_model, load_tokenizer)
-    samples = _samples(cell.settings)
+    samples = samples_of(cell.settings)
     given = training.given_to(kind, cell.settings)
     base = models.base_key(cell.settings)
     name = _hash(sources, base, settings, samples.alignment, samples.harmful, given, cell.seed)
@@ -118,7 +119,7 @@ def align(cell: Cell, cache: Path, report: Report) -> None:
     """Aligns the cell's model unless it is there."""
     folder = aligned_folder(cell, cache)
     if not folder.exists():
-        samples = _samples(cell.settings)
+        samples = samples_of(cell.settings)
         base = base_folder(cell.settings, cache)
         with written_whole(folder) as unfinished:
             training.align(cell.settings, samples, base, cell.method, cell.seed, unfinished, report)
@@ -128,7 +129,7 @@ def fine_tune(cell: Cell, cache: Path, report: Report) -> dict[str, Any]:
     """The cell's result, fine-tuned unless it is there."""
     file = _result_file(cell, cache)
     if not file.exists():
-        samples = _samples(cell.settings)
+        samples = samples_of(cell.settings)
         base, aligned = base_folder(cell.settings, cache), aligned_folder(cell, cache)
         result = training.fine_tune(
             cell.settings, samples, base, aligned, cell.method, cell.seed, report

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from benchmarks.harmful_finetuning import data, grid, metrics, training
+from benchmarks.harmful_finetuning import grid, metrics, training
 from benchmarks.harmful_finetuning.grid import Cell
 from benchmarks.harmful_finetuning.methods import backpropagate
 from lora_alignment import Report, load_tokenizer
@@ -48,7 +48,7 @@ def measure(cells: Iterable[Cell], cache: Path, report: Report) -> list[dict[str
 
 def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
     settings = cell.settings
-    samples = data.load(settings)
+    samples = grid.samples_of(settings)
     base, aligned = grid.base_folder(settings, cache), grid.aligned_folder(cell, cache)
     torch.manual_seed(cell.seed)  # a second adapter is random
     model = training.to_fine_tune(settings, base, aligned, cell.method)
@@ -68,13 +68,16 @@ def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
         scores = metrics.evaluate(model, tokenizer, settings, samples, during=True)
         return {"distance": distance, **scores}
 
+    described = grid.described(cell)
+    lines = displacements(gradient)
+    origin = at(0.0, lines["gradient"])
     return [
-        grid.described(cell)
+        described
         | {
             "vary": cell.vary | {"direction": name},
-            "line": [at(distance, line) for distance in (0.0, *DISTANCES)],
+            "line": [origin, *(at(distance, line) for distance in DISTANCES)],
         }
-        for name, line in displacements(gradient).items()
+        for name, line in lines.items()
     ]
 
 

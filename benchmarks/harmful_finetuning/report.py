@@ -28,6 +28,7 @@ from benchmarks.harmful_finetuning.uncertainty import Curve, Estimate
 Cell = dict[str, Any]
 Result = dict[str, Any]
 Measure = Callable[[Cell], "float | None"]
+Points = Callable[[Cell, str], Curve]
 
 SCORES = {  # score: (its name, decimals)
     "harmful_score": ("Harmful score ↓, %", 1),
@@ -570,31 +571,34 @@ def _curves_figure(grid: Grid) -> Figure:
     """Harmful score and loss against attack steps, one column an axis value, at most five."""
     last = len(grid.values) - 1
     shown = [grid.values[i] for i in sorted({round(k * last / 4) for k in range(5)})]
-    figure = Figure(figsize=(2.6 * len(shown) + 1.6, 5.8), layout="constrained")
-    panels = figure.subplots(2, len(shown), sharex=True, sharey="row", squeeze=False)
-    for column, value in enumerate(shown):
-        panels[0, column].set_title(_setting(grid.axis, value))
-        panels[1, column].set_xlabel("attack step")
-        for axes, name in zip(panels[:, column], ("harmful_score", "harmful_loss"), strict=True):
-            panels[0 if name == "harmful_score" else 1, 0].set_ylabel(SCORES[name][0])
-            for series in grid.series:
-                _draw_curve(axes, grid, series, value, name, str(series), _dashes(grid, series))
-    return _finished(figure)
+    return _score_and_loss(grid, shown, _followed, 2.6, {"xlabel": "attack step"})
+
+
+def _followed(cell: Cell, name: str) -> Curve:
+    """A curve where the attack was followed, not the aligned model's point alone."""
+    return curve(cell, name) if cell.get("curve") else []
 
 
 def _lines_figure(grid: Grid) -> Figure:
     """Harmful score and loss against the length of one step, one column a direction."""
-    figure = Figure(figsize=(3.6 * len(grid.values) + 1.6, 5.8), layout="constrained")
-    panels = figure.subplots(2, len(grid.values), sharex=True, sharey="row", squeeze=False)
-    for column, value in enumerate(grid.values):
+    x = {"xlabel": "length of the step", "xscale": "symlog"}
+    return _score_and_loss(grid, grid.values, line, 3.6, x)
+
+
+def _score_and_loss(
+    grid: Grid, shown: Sequence[Any], points: Points, width: float, x: dict[str, str]
+) -> Figure:
+    """Harmful score above harmful loss, one column an axis value."""
+    figure = Figure(figsize=(width * len(shown) + 1.6, 5.8), layout="constrained")
+    panels = figure.subplots(2, len(shown), sharex=True, sharey="row", squeeze=False)
+    for column, value in enumerate(shown):
         panels[0, column].set_title(_setting(grid.axis, value))
-        panels[1, column].set(xlabel="length of the step", xscale="symlog")
-        for axes, name in zip(panels[:, column], ("harmful_score", "harmful_loss"), strict=True):
-            panels[0 if name == "harmful_score" else 1, 0].set_ylabel(SCORES[name][0])
+        panels[1, column].set(**x)
+        for row, name in enumerate(("harmful_score", "harmful_loss")):
+            panels[row, 0].set_ylabel(SCORES[name][0])
             for series in grid.series:
-                cells = [grid.cell(series, seed, value) for seed in grid.seeds]
-                found = [line(cell, name) for cell in cells if cell]
-                _draw_band(axes, found, series, str(series), _dashes(grid, series))
+                dashes = _dashes(grid, series)
+                _draw(panels[row, column], grid, series, value, points, name, str(series), dashes)
     return _finished(figure)
 
 
@@ -606,7 +610,7 @@ def _perturbation_figure(grid: Grid) -> Figure:
         for series in grid.series:
             for i, kind in enumerate(grid.values):
                 label = f"{series}, {_value(kind)} {grid.axis}"
-                _draw_curve(axes, grid, series, kind, name, label, DASHES[i % len(DASHES)])
+                _draw(axes, grid, series, kind, _followed, name, label, DASHES[i % len(DASHES)])
     return _finished(figure)
 
 
@@ -657,19 +661,21 @@ def _trace(cell: Cell) -> list[dict[str, float]]:
     return cell.get("alignment") or []
 
 
-def _draw_curve(
-    axes: Any, grid: Grid, series: Series, value: Any, name: str, label: str, dashes: str
+def _draw(
+    axes: Any,
+    grid: Grid,
+    series: Series,
+    value: Any,
+    points: Points,
+    name: str,
+    label: str,
+    dashes: str,
 ) -> None:
-    cells = [grid.cell(series, seed, value) for seed in grid.seeds]
-    curves = [curve(cell, name) for cell in cells if cell and cell.get("curve")]
-    _draw_band(axes, curves, series, label, dashes)
-
-
-def _draw_band(axes: Any, curves: Sequence[Curve], series: Series, label: str, dashes: str) -> None:
     """The mean over seeds, with a band over their range."""
-    found = list(map(dict, curves))
-    steps = sorted(set.intersection(*map(set, found))) if found else []
-    scores = [[points[step] for points in found] for step in steps]
+    cells = [grid.cell(series, seed, value) for seed in grid.seeds]
+    curves = [dict(found) for cell in cells if cell and (found := points(cell, name))]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    scores = [[found[step] for found in curves] for step in steps]
     if steps:
         color, _ = series.style
         lowest, highest = list(map(min, scores)), list(map(max, scores))
