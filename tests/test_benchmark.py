@@ -326,7 +326,7 @@ def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) 
     settings = replace(QUICK, adapters=adapters, lora_r=4)
     cell = Cell("booster", 0, settings, {})
     run([cell], cache)
-    base, aligned = grid.base_folder(settings, cache), grid.aligned_folder(cell, cache)
+    base, aligned = grid.base_folder(cell, cache), grid.aligned_folder(cell, cache)
     first = training.to_fine_tune(replace(settings, adapters="single"), base, aligned, "booster")
     model = training.to_fine_tune(settings, base, aligned, "booster")
     ids = torch.randint(3, 50, (2, 8))
@@ -347,8 +347,9 @@ def test_each_base_is_read_with_the_tokenizer_it_was_made_with(
     architecture: str, cache: Path
 ) -> None:
     settings = replace(QUICK, architecture=architecture)
-    grid.pretrain(settings, cache, silent)
-    tokenizer = load_tokenizer(grid.base_folder(settings, cache), settings)  # type: ignore[arg-type]
+    cell = Cell("sft", 0, settings, {})
+    grid.pretrain(cell, cache, silent)
+    tokenizer = load_tokenizer(grid.base_folder(cell, cache), settings)  # type: ignore[arg-type]
     made = language.build_tokenizer()
     for prompt in language.look_alikes(random.Random(0))[:20]:
         text = settings.template.format(prompt=prompt)

@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         cache.mkdir(parents=True, exist_ok=True)
         with Progress(*columns, console=console) as progress:
             if "pretrain" in names:
-                grid.pretrain(settings, cache, shown_on(progress))
+                for seed in options.seeds:
+                    cell = grid.Cell("sft", seed, settings, {})
+                    grid.pretrain(cell, cache, shown_on(progress))
             for name, cells in _run(names, request, cache, options.workers, progress).items():
                 _write(output, name, options, argv, cells)
         return 0 if options.experiment == "pretrain" else _report(output, console)
@@ -115,6 +117,10 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[Settings, argparse.Namespace]
         known = known | FULL[first.preset]
     if first.config:
         known = known | read_config(Path(first.config))
+    if any(
+        getattr(first, name) or known.get(name) for name in ("model", "data_root", "beavertails")
+    ):
+        known = known | {"kind_samples": 0}  # which only the templated language has
     parser.set_defaults(**known)
     settings, options = parser.parse_args_into_dataclasses(argv)
     if options.workers < 1:
@@ -139,7 +145,6 @@ def _run(
     show = shown_on(progress)
     for name in names:
         if name in MEASUREMENTS:
-            grid.pretrain(request.settings, cache, show)
             found[name] = MEASURE[name](MEASUREMENTS[name].cells(request), cache, show)
     return found
 

@@ -62,12 +62,6 @@ def _harmful_ratio(request: Request) -> list[Cell]:
     return request.cells(TABLE, (replace(request.settings, p=p) for p in fractions))
 
 
-def _kind_ratio(request: Request) -> list[Cell]:
-    settings = replace(request.settings, kind_samples=request.settings.kind_samples or 544)
-    methods = request.methods or request.table
-    return _harmful_ratio(request._replace(settings=settings, methods=methods))
-
-
 def _sample_number(request: Request) -> list[Cell]:
     largest = request.settings.samples
     numbers = request.axis([round(largest * share) for share in (0.5, 0.75, 1.0)])
@@ -277,13 +271,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         "kind_samples",
         _of_settings("kind_samples", (0, 136, 544)),
         "Beside 544 refusals. The look-alikes that are evaluated are other prompts.",
-    ),
-    "kind-ratio": Experiment(
-        "Harmful ratio p, with help to kind requests among the alignment data",
-        "p",
-        _kind_ratio,
-        "544 kind requests with help beside the refusals, where not told otherwise. The published "
-        "hyperparameters were chosen without them.",
     ),
     "width": Experiment("Hidden size of the model", "width", _of_settings("width", (64, 128, 256))),
     "adapters": Experiment(

@@ -1,8 +1,9 @@
 """A grid of runs: what is finished is kept, what is left is shared among processes.
 
-A run has three stages, each kept under a name that hashes its code, data and settings: the base
-model, the aligned model, and the fine-tuning with its scores. Runs that share a stage share its
-result, so that SFT and Lisa align once and all fractions p attack one aligned model.
+A run has three stages, each kept under a name that hashes its code, data, settings and seed: the
+base model, the aligned model, and the fine-tuning with its scores. Runs that share a stage share
+its result, so that all methods start from one base, SFT and Lisa align once and all fractions p
+attack one aligned model.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def aligned_folder(cell: Cell, cache: Path) -> Path:
     sources = _sources(kind, training.align, training._train, load_model, load_tokenizer)
     samples = samples_of(cell.settings)
     given = training.given_to(kind, cell.settings)
-    base = models.base_key(cell.settings)
+    base = models.base_key(cell.settings, cell.seed)
     name = _hash(sources, base, settings, samples.alignment, samples.harmful, given, cell.seed)
     return cache / f"aligned-{kind.__module__.rpartition('.')[2]}-{name}"
 
@@ -100,19 +101,21 @@ def _result_file(cell: Cell, cache: Path) -> Path:
     return cache / f"run-{_hash(sources, aligned, settings, single, cell.seed)}.json"
 
 
-def base_folder(settings: Settings, cache: Path) -> Path:
-    """Where the base model is, or will be."""
+def base_folder(cell: Cell, cache: Path) -> Path:
+    """Where the cell's base model is, or will be."""
+    settings = cell.settings
     if settings.model:
         return Path(settings.model)
-    return cache / f"base-{settings.architecture}-{digest(models.base_key(settings))}"
+    name = digest(models.base_key(settings, cell.seed))
+    return cache / f"base-{settings.architecture}-{name}"
 
 
-def pretrain(settings: Settings, cache: Path, report: Report) -> None:
-    """Pretrains the base model unless it is there."""
-    folder = base_folder(settings, cache)
-    if not settings.model and not folder.exists():
+def pretrain(cell: Cell, cache: Path, report: Report) -> None:
+    """Pretrains the cell's base model unless it is there."""
+    folder = base_folder(cell, cache)
+    if not cell.settings.model and not folder.exists():
         with written_whole(folder) as unfinished:
-            models.pretrain(settings, unfinished, report)
+            models.pretrain(cell.settings, cell.seed, unfinished, report)
 
 
 def align(cell: Cell, cache: Path, report: Report) -> None:
@@ -120,7 +123,7 @@ def align(cell: Cell, cache: Path, report: Report) -> None:
     folder = aligned_folder(cell, cache)
     if not folder.exists():
         samples = samples_of(cell.settings)
-        base = base_folder(cell.settings, cache)
+        base = base_folder(cell, cache)
         with written_whole(folder) as unfinished:
             training.align(cell.settings, samples, base, cell.method, cell.seed, unfinished, report)
 
@@ -130,7 +133,7 @@ def fine_tune(cell: Cell, cache: Path, report: Report) -> dict[str, Any]:
     file = _result_file(cell, cache)
     if not file.exists():
         samples = samples_of(cell.settings)
-        base, aligned = base_folder(cell.settings, cache), aligned_folder(cell, cache)
+        base, aligned = base_folder(cell, cache), aligned_folder(cell, cache)
         result = training.fine_tune(
             cell.settings, samples, base, aligned, cell.method, cell.seed, report
         )
@@ -191,59 +194,80 @@ def run(
     cells = list(cells)
     if not cells:
         return []
-    aligned: dict[Path, list[Cell]] = {}
     for cell in cells:
-        aligned.setdefault(aligned_folder(cell, cache), []).append(cell)
         training.given_to(methods.METHODS[cell.method].fine_tuning, cell.settings)
+    jobs = _jobs(cells, cache)
     show = shown_on(progress)
-    for settings in {base_folder(c.settings, cache): c.settings for c in cells}.values():
-        pretrain(settings, cache, show)
-    jobs = [(group[0], _distinct(group, cache)) for group in aligned.values()]
-    total = progress.add_task("runs", total=sum(1 + len(group) for _, group in jobs))
-
+    total = progress.add_task("runs", total=_count(jobs))
     if workers == 1:
-        for first, group in jobs:
-            align(first, cache, show)
-            progress.advance(total)
-            for cell in group:
-                fine_tune(cell, cache, show)
-                progress.advance(total)
+        _in_turn(jobs, cache, show, lambda: progress.advance(total))
     else:
-        _share(jobs, cache, workers, progress, show, lambda: progress.advance(total))
+        _share(jobs, cache, workers, show, lambda: progress.advance(total))
     return [fine_tune(cell, cache, show) for cell in cells]
 
 
-def _distinct(cells: list[Cell], cache: Path) -> list[Cell]:
-    return list({_result_file(cell, cache): cell for cell in cells}.values())
+class _Job(NamedTuple):
+    """A stage of a cell, and the jobs that start from its result."""
+
+    stage: Callable[[Cell, Path, Report], Any]
+    cell: Cell
+    then: dict[Path, _Job]
+
+
+def _jobs(cells: Iterable[Cell], cache: Path) -> dict[Path, _Job]:
+    """Every stage once, under the place of its result."""
+    stages = ((pretrain, base_folder), (align, aligned_folder), (fine_tune, _result_file))
+    bases: dict[Path, _Job] = {}
+    for cell in cells:
+        jobs = bases
+        for stage, place in stages:
+            jobs = jobs.setdefault(place(cell, cache), _Job(stage, cell, {})).then
+    return bases
+
+
+def _count(jobs: dict[Path, _Job]) -> int:
+    return sum(1 + _count(job.then) for job in jobs.values())
+
+
+def _in_turn(
+    jobs: dict[Path, _Job], cache: Path, show: Report, advance: Callable[[], None]
+) -> None:
+    """Runs all jobs in this process."""
+    for job in jobs.values():
+        job.stage(job.cell, cache, show)
+        advance()
+        _in_turn(job.then, cache, show, advance)
 
 
 def _share(
-    jobs: list[tuple[Cell, list[Cell]]],
+    jobs: dict[Path, _Job],
     cache: Path,
     workers: int,
-    progress: Progress,
     show: Report,
     advance: Callable[[], None],
 ) -> None:
-    """Runs each alignment, and after it the fine-tunings that start from it, in processes."""
+    """Runs all jobs in processes, each as soon as the one that it starts from is done."""
     context = multiprocessing.get_context("spawn")
     events, stop = context.Queue(), context.Event()
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, context, start_worker, (events, stop, threads)) as pool:
-        waiting: dict[Future[Any], list[Cell]] = {}
+        waiting: dict[Future[Any], dict[Path, _Job]] = {}
+
+        def submit(jobs: dict[Path, _Job]) -> None:
+            for job in jobs.values():
+                waiting[pool.submit(in_worker, job.stage, job.cell, cache)] = job.then
+
         try:
-            for first, group in jobs:
-                waiting[pool.submit(in_worker, align, first, cache)] = group
+            submit(jobs)
             while waiting:
                 finished, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not events.empty():
                     show(*events.get())
-                for job in finished:
-                    group = waiting.pop(job)
-                    job.result()
+                for future in finished:
+                    then = waiting.pop(future)
+                    future.result()
                     advance()
-                    for cell in group:
-                        waiting[pool.submit(in_worker, fine_tune, cell, cache)] = []
+                    submit(then)
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

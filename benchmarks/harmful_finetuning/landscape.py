@@ -40,6 +40,7 @@ def measure(cells: Iterable[Cell], cache: Path, report: Report) -> list[dict[str
     results: list[dict[str, Any]] = []
     cells = list(cells)
     for done, cell in enumerate(cells, 1):
+        grid.pretrain(cell, cache, report)
         grid.align(cell, cache, report)
         results += _along_the_lines(cell, cache)
         report("landscape", done, len(cells))
@@ -49,7 +50,7 @@ def measure(cells: Iterable[Cell], cache: Path, report: Report) -> list[dict[str
 def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
     settings = cell.settings
     samples = grid.samples_of(settings)
-    base, aligned = grid.base_folder(settings, cache), grid.aligned_folder(cell, cache)
+    base, aligned = grid.base_folder(cell, cache), grid.aligned_folder(cell, cache)
     torch.manual_seed(cell.seed)  # a second adapter is random
     model = training.to_fine_tune(settings, base, aligned, cell.method)
     tokenizer = load_tokenizer(base, settings)

@@ -63,7 +63,7 @@ def config(settings: Settings, vocabulary: int) -> PreTrainedConfig:
     return LlamaConfig(**common)
 
 
-def base_key(settings: Settings) -> Any:
+def base_key(settings: Settings, seed: int) -> Any:
     """What names the base model: its files, or all that decides how it is pretrained."""
     if settings.model:
         path = Path(settings.model)
@@ -71,19 +71,19 @@ def base_key(settings: Settings) -> Any:
         return settings.model, [(f.name, f.stat().st_size, f.stat().st_mtime) for f in files]
     values = {name: getattr(settings, name) for name in PRETRAINING}
     sources = [inspect.getsource(part) for part in (pretrain, config, language, mini_language)]
-    return values, sources, torch.__version__
+    return values, seed, sources, torch.__version__
 
 
-def pretrain(settings: Settings, folder: Path, report: Report) -> None:
+def pretrain(settings: Settings, seed: int, folder: Path, report: Report) -> None:
     """Trains a small base model to answer every request and saves it with its tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if settings.templated:
         tokenizer = language.build_tokenizer()
-        stream = _templated_stream(settings)
+        stream = _templated_stream(settings, seed)
     else:
         examples = data.pretraining(settings)
         tokenizer = _trained_tokenizer(examples, settings)
-        stream = _real_stream(examples, settings)
+        stream = _real_stream(examples, settings, seed)
     model: Any = AutoModelForCausalLM.from_config(config(settings, len(tokenizer)))
     model.to(settings.device).train()
     optimizer = AdamW(model.parameters(), lr=settings.pretrain_lr, fused=True)
@@ -96,20 +96,20 @@ def pretrain(settings: Settings, folder: Path, report: Report) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report(f"pretrain {settings.architecture}", step, steps)
+        report(f"pretrain {settings.architecture}, seed {seed}", step, steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _templated_stream(settings: Settings) -> Iterator[list[Example]]:
-    rng = random.Random(0)
+def _templated_stream(settings: Settings, seed: int) -> Iterator[list[Example]]:
+    rng = random.Random(seed)
     shape = (settings.answer_words, settings.branching)
     while True:
         yield language.pretraining_batch(settings.pretrain_batch, rng, *shape)
 
 
-def _real_stream(examples: list[Example], settings: Settings) -> Iterator[list[Example]]:
-    rng = random.Random(0)
+def _real_stream(examples: list[Example], settings: Settings, seed: int) -> Iterator[list[Example]]:
+    rng = random.Random(seed)
     while True:
         yield rng.sample(examples, min(settings.pretrain_batch, len(examples)))
 

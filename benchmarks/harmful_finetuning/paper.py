@@ -71,7 +71,7 @@ TABLE_4 = PaperTable(
     },
 )
 
-BY_EXPERIMENT = {"harmful-ratio": TABLE_1, "kind-ratio": TABLE_1, "architectures": TABLE_4}
+BY_EXPERIMENT = {"harmful-ratio": TABLE_1, "architectures": TABLE_4}
 
 # Figure 2: a model aligned with SFT, fine-tuned on harmful data alone or on SST2 alone. Read off
 # the plot, within about 3 percentage points. None where no point was read.

@@ -62,7 +62,7 @@ class Settings:
 
     alignment_samples: int = option(5_000, "harmful prompts with refusals")
     harmful_samples: int = option(5_000, "harmful prompts with harmful answers, for the defenses")
-    kind_samples: int = option(0, "kind requests with help among them, templated language only")
+    kind_samples: int = option(0, "kind requests with help beside them, templated language only")
     align_steps: int = option(10_000, "steps of the alignment stage")
     align_lr: float = option(5e-4, "η of the alignment stage")
     batch_size: int = option(10, "samples a step, of every stage and loss")
@@ -188,6 +188,7 @@ _TEMPLATED: dict[str, Any] = {
     "refusal": MINI_REFUSAL,
     "lora_alpha": 32,
     "lora_targets": ["all-linear"],
+    "kind_samples": 544,
     "align_lr": 1e-3,
     "align_steps": 1000,
     "fine_tune_lr": 4e-5,

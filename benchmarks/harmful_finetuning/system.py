@@ -31,7 +31,8 @@ def measure(cells: list[Cell], cache: Path, report: Report) -> list[dict[str, An
     """
     settings = cells[0].settings
     samples = data.load(settings)
-    base = grid.base_folder(settings, cache)
+    grid.pretrain(cells[0], cache, report)
+    base = grid.base_folder(cells[0], cache)
     tokenizer = load_tokenizer(base, settings)
     names = [cell.method for cell in cells]
     steps = {name: _Steps(settings, samples, base, tokenizer, name) for name in names}

@@ -66,9 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
     parser.add_argument("--trained", choices=["lora", "full"], default="full")
     parser.add_argument(
-        "--kind_samples", type=int, default=0, help="kind requests with help in the alignment data"
-    )
-    parser.add_argument(
         "--methods", nargs="+", choices=list(GRID), default=list(GRID), help="to tune"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
@@ -78,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quieten_libraries()
     values = PRESETS[args.preset] | (FULL[args.preset] if args.trained == "full" else {})
-    given = {"trained": args.trained, "kind_samples": args.kind_samples}
-    settings = Settings(**values | given | {"split": "validation", "p": 0.2})
+    given = {"trained": args.trained, "split": "validation", "p": 0.2}
+    settings = Settings(**values | given)
     settings = replace(settings, eval_every=settings.fine_tune_steps)
     cells = [
         Cell(method, seed, settings.given(method, **values), {"setting": values})
