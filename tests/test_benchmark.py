@@ -33,7 +33,7 @@ from benchmarks.harmful_finetuning import (
 from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, Request
 from benchmarks.harmful_finetuning.grid import Cell
 from benchmarks.harmful_finetuning.settings import ARCHITECTURES, PRESETS, Settings, read_config
-from lora_alignment import load_tokenizer
+from lora_alignment import load_model, load_tokenizer
 from mini_language import MISCHIEF, REFUSAL, Example
 
 # PEFT asks transformers for a name that is going away.
@@ -80,7 +80,10 @@ def test_prompts_of_the_stages_are_disjoint(task: str) -> None:
         assert_disjoint(samples)
     assert not {e.prompt for e in test.evaluation} & {e.prompt for e in validation.evaluation}
     assert not set(test.task_evaluation) & set(validation.task_evaluation)
-    assert {e.answer for e in test.alignment} == {REFUSAL}
+    harmful = {e.prompt for e in test.harmful}
+    refused = [e for e in test.alignment if e.answer == REFUSAL]
+    assert {e.prompt for e in refused} == harmful
+    assert len(test.alignment) == len(refused) + settings.kind_samples
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside the project")
@@ -273,7 +276,8 @@ def test_finished_runs_are_kept_after_an_interruption(
     [
         ({"p": 0.2}, False),
         ({"fine_tune_lr": 1e-3}, False),
-        ({"eval_samples": 4}, False),
+        ({"eval_samples": 4}, True),  # leaves other kind requests to the alignment
+        ({"eval_every": 2}, False),
         ({"hyperparameters": ["booster.lam=1"]}, True),
         ({"align_lr": 1e-2}, True),
         ({"align_optimizer": "sgd"}, True),
@@ -354,6 +358,41 @@ def test_each_base_is_read_with_the_tokenizer_it_was_made_with(
     for prompt in language.look_alikes(random.Random(0))[:20]:
         text = settings.template.format(prompt=prompt)
         assert tokenizer(text).input_ids == made(text).input_ids
+
+
+def test_each_seed_has_a_base_of_its_own_which_all_methods_start_from(cache: Path) -> None:
+    cells = [Cell(method, seed, QUICK, {}) for seed in (0, 1) for method in ("sft", "booster")]
+    first, same, second, _ = [grid.base_folder(cell, cache) for cell in cells]
+    assert first == same != second
+    for cell in cells:
+        grid.pretrain(cell, cache, silent)
+    weights = [load_model(folder, QUICK).state_dict() for folder in (first, second)]  # type: ignore[arg-type]
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(weights[0][name], weights[1][name])
+
+
+def test_every_stage_is_one_job_whatever_shares_it(cache: Path) -> None:
+    settings = [QUICK, replace(QUICK, p=0.2)]
+    cells = [
+        Cell(method, seed, values, {})
+        for method in ("sft", "lisa", "booster")  # Lisa aligns as SFT does
+        for seed in (0, 1)
+        for values in settings
+    ]
+    jobs = grid._jobs(cells + cells, cache)
+    assert [job.stage for job in jobs.values()] == [grid.pretrain] * 2
+    for base in jobs.values():
+        assert [job.stage for job in base.then.values()] == [grid.align] * 2
+        assert sorted(len(job.then) for job in base.then.values()) == [2, 4]
+    assert grid._count(jobs) == 2 + 4 + 12
+
+
+def test_a_base_that_is_given_serves_all_seeds(tmp_path: Path) -> None:
+    settings = replace(QUICK, model=str(tmp_path))
+    folders = [grid.base_folder(Cell("sft", seed, settings, {}), tmp_path) for seed in (0, 1)]
+    assert folders == [tmp_path, tmp_path]
+    aligned = [grid.aligned_folder(Cell("sft", seed, QUICK, {}), tmp_path) for seed in (0, 1)]
+    assert aligned[0] != aligned[1]
 
 
 def test_unknown_hyperparameters_are_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -277,7 +277,8 @@ TUNED: dict[tuple[str, str], list[str]] = {
 By ``tuning.py``, four settings of each method on seeds 100 and 101; all scores are in
 ``benchmarks/results/harmful_finetuning/``. With LoRA, Lisa, RepNoise and Vaccine were tuned on
 refusals alone and seed 100, Booster with kind requests and one base for both seeds. The
-combinations take the values of their parts. Before that the learning rate of the attack was fixed on SFT alone, seed 100: with all weights its harmful
-score at p = 0.1 and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0
+combinations take the values of their parts. The learning rate of the attack had been fixed before
+all of it, on SFT alone, refusals alone and seed 100: with all weights SFT's harmful score at p =
+0.1 and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0
 and 46 for 3e-5, 86 and 99 for 5e-5, of which 4e-5 is between.
 """
