@@ -180,8 +180,13 @@ def test_every_image_is_shown() -> None:
 
 
 def table(name: str, heading: str) -> list[list[str]]:
+    """The cells of a page's first table after a line, without its head."""
+    return cells(text(name), heading)
+
+
+def cells(markdown: str, heading: str) -> list[list[str]]:
     """The cells of the first table after a line, without its head."""
-    rows = re.findall(r"^\|.*\|$|^$", text(name).split(heading, 1)[1], re.MULTILINE)
+    rows = re.findall(r"^\|.*\|$|^$", markdown.split(heading, 1)[1], re.MULTILINE)
     first = next(i for i, row in enumerate(rows) if row)
     body: list[list[str]] = []
     for row in rows[first + 2 :]:
@@ -272,6 +277,17 @@ def test_reliability_counts_are_the_recorded_ones() -> None:
     assert not any(count["lost"] for count in counts.values())
     readme = (ROOT / "README.md").read_text()
     assert all(f"| {' | '.join(row)} |" in readme for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("heading", "result"),
+    [("**Five defenses,**", "harmful-ratio-full"), ("**With LoRA**", "harmful-ratio-lora")],
+)
+def test_the_scores_in_the_readme_are_the_published_ones(heading: str, result: str) -> None:
+    published = (ROOT / "benchmarks/results/harmful_finetuning" / f"{result}.md").read_text()
+    scores = {row[0]: row[2:7] for row in cells(published, "### Harmful score")}  # p > 0, mean
+    quoted = {row[0]: row[1:6] for row in cells((ROOT / "README.md").read_text(), heading)}
+    assert quoted == scores
 
 
 def test_images_are_what_the_records_give(tmp_path: Path) -> None:
