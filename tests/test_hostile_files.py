@@ -393,7 +393,7 @@ def test_labels_of_the_news(label: str, tmp_path: Path) -> None:
     path = root / "ag_news" / "ag_news_test.csv"
     text = path.read_text()
     path.write_text(text + f'"{label}","stale","news"\n')
-    settings = replace(QUICK, data_root=str(root), task="agnews")
+    settings = replace(QUICK, data_root=str(root), task="agnews", kind_samples=0)
     if label in {"2"}:
         data.load(settings)
         return
