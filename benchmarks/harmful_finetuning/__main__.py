@@ -117,12 +117,11 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[Settings, argparse.Namespace]
         known = known | FULL[first.preset]
     if first.config:
         known = known | read_config(Path(first.config))
-    if any(
-        getattr(first, name) or known.get(name) for name in ("model", "data_root", "beavertails")
-    ):
-        known = known | {"kind_samples": 0}  # which only the templated language has
     parser.set_defaults(**known)
     settings, options = parser.parse_args_into_dataclasses(argv)
+    if not settings.templated:
+        parser.set_defaults(kind_samples=0)  # real sets have no answered kind requests
+        settings, options = parser.parse_args_into_dataclasses(argv)
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers}, expected at least 1")
     if not options.config:
