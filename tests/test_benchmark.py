@@ -125,6 +125,21 @@ def test_kind_requests_of_the_alignment_are_not_evaluated() -> None:
     assert_disjoint(samples)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [*({"task": task} for task in language.TASKS), {"samples": 2_000}, {"eval_samples": 50}],
+)
+def test_what_a_user_brings_changes_nothing_of_the_alignment(change: dict[str, Any]) -> None:
+    settings = Settings(**PRESETS["small"])
+    samples, other = data.load(settings), data.load(replace(settings, **change))
+    assert other.alignment == samples.alignment
+    assert other.harmful == samples.harmful
+    assert other.attack == samples.attack
+    n = min(len(samples.evaluation), len(other.evaluation))
+    assert other.evaluation[:n] == samples.evaluation[:n]
+    assert other.look_alikes[:n] == samples.look_alikes[:n]
+
+
 def test_kind_requests_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="leaves 1436 kind requests"):
         data.load(Settings(**PRESETS["small"] | {"kind_samples": 1437}))
@@ -276,7 +291,9 @@ def test_finished_runs_are_kept_after_an_interruption(
     [
         ({"p": 0.2}, False),
         ({"fine_tune_lr": 1e-3}, False),
-        ({"eval_samples": 4}, True),  # leaves other kind requests to the alignment
+        ({"eval_samples": 4}, False),
+        ({"task": "agnews"}, False),
+        ({"samples": 30}, False),
         ({"eval_every": 2}, False),
         ({"hyperparameters": ["booster.lam=1"]}, True),
         ({"align_lr": 1e-2}, True),

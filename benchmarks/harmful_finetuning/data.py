@@ -48,7 +48,7 @@ def load(settings: Settings) -> Samples:
         refusals = {}
     else:
         harmful, refusals, task, task_test, look_alikes = _real(settings)
-    kind = _answered(look_alikes[settings.eval_samples :], settings)
+    kind = _answered(look_alikes, settings)
     parts = lora_alignment.split_harmful(harmful)
     simulate = parts["simulate"]
     n = settings.eval_samples
@@ -105,28 +105,29 @@ def user_data(samples: Samples, settings: Settings, seed: int) -> list[Example]:
 def _templated(
     settings: Settings,
 ) -> tuple[list[Example], list[Example], list[Example], list[str]]:
-    rng = random.Random(0)
+    # A generator for each, so that neither the task nor its size changes the other samples.
     shape = (settings.answer_words, settings.branching)
-    harmful = language.requests(mini_language.MISCHIEF, rng, *shape)
+    harmful = language.requests(mini_language.MISCHIEF, random.Random(0), *shape)
     test = 2 * settings.eval_samples
-    task = language.task(settings.task, max(1_000, settings.samples) + test, rng, *shape)
-    return harmful, task[test:], task[:test], language.look_alikes(rng)
+    size = max(1_000, settings.samples) + test
+    task = language.task(settings.task, size, random.Random(0), *shape)
+    return harmful, task[test:], task[:test], language.look_alikes(random.Random(0))
 
 
 def _answered(look_alikes: list[str], settings: Settings) -> list[Example]:
-    """The kind requests that alignment shows with help; none of them is evaluated."""
+    """The kind requests that alignment shows with help: the last ones; the first are evaluated."""
     if not settings.kind_samples:
         return []
     if not settings.templated:
         raise ValueError("kind_samples needs the templated language: the real sets have no answers")
-    if settings.kind_samples > len(look_alikes):
+    left = look_alikes[settings.eval_samples :][::-1]
+    if settings.kind_samples > len(left):
         raise ValueError(
-            f"kind_samples is {settings.kind_samples}, but the evaluation leaves "
-            f"{len(look_alikes)} kind requests"
+            f"kind_samples is {settings.kind_samples}, but the evaluation leaves {len(left)} kind "
+            "requests"
         )
-    rng = random.Random(1)
     shape = (settings.answer_words, settings.branching)
-    return language.helped(look_alikes[: settings.kind_samples], rng, *shape)
+    return language.helped(left[: settings.kind_samples], random.Random(1), *shape)
 
 
 # ---------------------------------------------------------------------------------- real sets
