@@ -187,6 +187,15 @@ def test_paired_difference_at_each_value_and_of_the_average() -> None:
     ]
 
 
+def test_every_seed_is_shown() -> None:
+    grid = over_p(sft={0.1: [20, 40, 90], 0.2: [60, 80, 100]}, booster={0.1: [10, 20, 0.4]})
+    text = report.markdown(grid)
+    assert "score after the attack of seeds 0, 1, 2, %." in text
+    assert row(text, "Seed by seed", "SFT") == ["20, 40, 90", "60, 80, 100"]
+    assert row(text, "Seed by seed", "Booster") == ["10, 20, 0", "–, –, –"]
+    assert "Seed by seed" not in report.markdown(over_p(sft={0.1: [20]}))
+
+
 def test_a_missing_cell_leaves_with_its_pair_and_is_counted() -> None:
     grid = over_p(
         sft={0.1: [20, 40, 90], 0.2: [60, 80, 100]}, booster={0.1: [10, 20, 30], 0.2: [10, 0]}
@@ -546,6 +555,7 @@ def test_the_axis_plot_has_bars_only_from_two_seeds_on() -> None:
     drawn = [segment.tolist() for segment in container[2][0].get_segments() if len(segment)]
     assert [[y for _, y in segment] for segment in drawn] == [[20, 40]]
     assert container[0].get_ydata().tolist() == [30, 50]
+    assert figure.axes[0].collections[0].get_offsets()[:, 1].tolist() == [20, 40, 50]
 
 
 def test_a_method_looks_the_same_everywhere() -> None:

@@ -51,7 +51,9 @@ COSTS = {  # what a cell may have: (its name, decimals, factor to the unit)
 PERTURBATION_STUDY = "perturbation-study"
 FULL_TARGET = 60.0  # points; the other targets are the paper's headline numbers
 MISSING = "–"
-PLOT_LEGEND = "Lines: means over seeds. Bands: range over seeds. Bars: 95 % bootstrap intervals."
+PLOT_LEGEND = (
+    "Lines: means over seeds. Bands: range over seeds. Bars: 95 % bootstrap intervals. Dots: seeds."
+)
 MARKUP = re.compile(r"[&<|*`\\$~]|\](?=[(\[])|(?<!\w)_|_(?!\w)")
 NAMES = {
     "sft": "SFT",
@@ -287,6 +289,7 @@ def markdown(result: Result) -> str:
     for name, (title, decimals) in grid.scores.items():
         cols = {head: (values, score(name), decimals) for head, values in grid.columns.items()}
         parts += [f"### {title}", _methods_table(grid, "after the attack", cols)]
+    parts += _each_seed(grid)
     corner = "mean over the columns"
     before = {t: (grid.values, score(name, "aligned"), d) for name, (t, d) in grid.scores.items()}
     if before:
@@ -331,6 +334,24 @@ def _provenance(grid: Grid) -> str:
         "number of entries; one seed has none. “(3 of 5 seeds)” counts the finished ones, “–” "
         "means none. A mean over columns takes the seeds that have finished all of them."
     )
+
+
+def _each_seed(grid: Grid) -> list[str]:
+    """The harmful score of every seed, since few seeds far apart make a poor mean."""
+    if len(grid.seeds) < 2 or "harmful_score" not in grid.scores:
+        return []
+
+    def scores(series: Series, value: Any) -> str:
+        found = grid.by_seed(series, [value], score("harmful_score"))
+        return ", ".join(f"{found[s]:.0f}" if s in found else MISSING for s in grid.seeds)
+
+    heads = [_setting(grid.axis, value) for value in grid.values]
+    rows = [[row, *(scores(row, value) for value in grid.values)] for row in grid.series]
+    return [
+        "### Seed by seed",
+        f"Harmful score after the attack of seeds {', '.join(map(str, grid.seeds))}, %.",
+        _table(["method", *heads], rows),
+    ]
 
 
 def _differences(grid: Grid) -> list[str]:
@@ -696,6 +717,13 @@ def _axis_figure(grid: Grid) -> Figure:
                 if (estimate := grid.estimate(series, [value], score(name)))
             }
             color, marker = series.style
+            seeds = [
+                (place + shift, one)
+                for place, value in enumerate(grid.values)
+                for one in grid.by_seed(series, [value], score(name)).values()
+            ]
+            if seeds:
+                axes.scatter(*zip(*seeds, strict=True), s=9, color=color, alpha=0.4, lw=0)
             axes.errorbar(
                 list(found),
                 [e.mean for e in found.values()],
