@@ -163,6 +163,11 @@ def _control(request: Request) -> list[Cell]:
     return request.cells(("sft", "booster", *others), [_as_booster(request.settings, *others)])
 
 
+def _long_attack(request: Request) -> list[Cell]:
+    steps = 4 * request.settings.fine_tune_steps
+    return request.cells(request.table, [replace(request.settings, fine_tune_steps=steps)])
+
+
 def _of_optimizer(stage: str, sgd_lr: float) -> Callable[[Request], list[Cell]]:
     """Methods by the optimizer of one stage; SGD has a learning rate of its own."""
 
@@ -242,6 +247,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Learning rate of the user's fine-tuning",
         "fine_tune_lr",
         _of_settings("fine_tune_lr", (5e-6, 1e-5, 1.5e-5, 3e-5, 1e-4)),
+    ),
+    "long-attack": Experiment(
+        "Fine-tuning four times as long: when each defense breaks",
+        "p",
+        _long_attack,
+        "A score at a fixed number of steps is all or nothing for a model that breaks about then; "
+        "the steps until it breaks are not.",
     ),
     "align-optimizer": Experiment(
         "Base optimizer of the alignment", "align_optimizer", _of_optimizer("align", 0.03)
