@@ -554,6 +554,21 @@ def test_directions_of_one_step_have_length_one_and_their_shape() -> None:
             assert tensor.tolist() == pytest.approx(values, abs=1e-6)
 
 
+def test_shares_of_the_squared_norm_add_up_by_kind_of_tensor() -> None:
+    found = landscape.shares(
+        {
+            "model.embed_tokens.weight": torch.tensor([3.0]),
+            "model.layers.0.self_attn.q_proj.weight": torch.tensor([2.0]),
+            "model.layers.1.mlp.up_proj.lora_A.weight": torch.tensor([1.0, 1.0]),
+            "model.layers.1.mlp.down_proj.weight": torch.tensor([0.0]),
+            "model.norm.weight": torch.tensor([1.0]),
+        }
+    )
+    expected = {"embedding": 9, "attention": 4, "feed-forward": 2, "norms and other": 1}
+    assert found == {kind: square / 16 for kind, square in expected.items()}
+    assert set(landscape.shares({"norm": torch.zeros(2)}).values()) == {0.0}
+
+
 def test_lines_start_at_the_aligned_model_and_go_down_the_harmful_loss(
     cache: Path, tmp_path: Path
 ) -> None:
@@ -569,5 +584,10 @@ def test_lines_start_at_the_aligned_model_and_go_down_the_harmful_loss(
         if cell["method"] == "sft":
             assert points[0.0]["harmful_loss"] == pytest.approx(aligned["harmful_loss"], rel=1e-6)
         assert points[0.03]["harmful_train_loss"] < points[0.0]["harmful_train_loss"]
-    assert "norms by tensor" in (tmp_path / "landscape-lora.md").read_text()
+        assert cell["harmful_grad_norm"] > 0
+        assert sum(cell["harmful_grad_shares"].values()) == pytest.approx(1)
+        assert cell["harmful_grad_shares"]["embedding"] == 0  # which LoRA does not train here
+    text = (tmp_path / "landscape-lora.md").read_text()
+    assert "norms by tensor" in text
+    assert "| before the attack | norm of ∇h | embedding | attention |" in text
     assert (tmp_path / "landscape-lora-lines.svg").stat().st_size > 1000

@@ -185,14 +185,13 @@ def _of_optimizer(stage: str, sgd_lr: float) -> Callable[[Request], list[Cell]]:
 
 def _every(request: Request) -> list[Cell]:
     """Booster, and beside it at each k > 1 the two ways to regularise at every k-th step."""
-    own = request.settings.of_method("booster")
+    ways = ("booster_held", "booster_weighted")
     found = request.cells(("sft", "booster"), [request.settings], lambda _: {"every": 1})
     for k in request.axis((2, 4, 8)):
-        settings = request.settings
-        for method in ("booster_held", "booster_weighted"):
-            settings = settings.given(method, **own, every=k)
-        methods = ("booster_held", "booster_weighted")
-        found += request.cells(methods, [settings], lambda _, k=k: {"every": k})
+        settings = _as_booster(request.settings, *ways)
+        for way in ways:
+            settings = settings.given(way, every=k)
+        found += request.cells(ways, [settings], lambda _, k=k: {"every": k})
     return found
 
 

@@ -4,7 +4,9 @@
 
 with the gradient g of the harmful loss at w, on samples of the attack, and one of three directions:
 d = g, as Booster simulates; dᵢ = gᵢ/‖gᵢ‖ of each weight tensor i; d = sign(g), which is what
-AdamW's first step takes. The loss and the harmful score are those of held-out prompts.
+AdamW's first step takes. The loss and the harmful score are those of held-out prompts. Beside it,
+what share of ‖g‖² lies in the tensors of each kind: it is the share of Booster's simulated step
+that they get.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from benchmarks.harmful_finetuning.grid import Cell
 from benchmarks.harmful_finetuning.methods import backpropagate
 from lora_alignment import Report, load_tokenizer
 
-__all__ = ["DIRECTIONS", "DISTANCES", "displacements", "measure"]
+__all__ = ["DIRECTIONS", "DISTANCES", "displacements", "measure", "shares"]
 
 DISTANCES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 BATCHES = 10
+KINDS = {"embed": "embedding", "attn": "attention", "mlp": "feed-forward"}
+OTHER = "norms and other"
 
 DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient": lambda g: g,
@@ -58,9 +62,14 @@ def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
     model.train()
     for batch in islice(harmful, BATCHES):
         backpropagate(model, batch)
-    weights = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = list(named.values())
     start = [p.detach().clone() for p in weights]
-    gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad / BATCHES for p in weights]
+    about = {
+        "harmful_grad_norm": get_total_norm(gradient).item(),
+        "harmful_grad_shares": shares(dict(zip(named, gradient, strict=True))),
+    }
 
     def at(distance: float, line: list[Tensor]) -> dict[str, float]:
         with torch.no_grad():
@@ -69,7 +78,7 @@ def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
         scores = metrics.evaluate(model, tokenizer, settings, samples, during=True)
         return {"distance": distance, **scores}
 
-    described = grid.described(cell)
+    described = grid.described(cell) | about
     lines = displacements(gradient)
     origin = at(0.0, lines["gradient"])
     return [
@@ -80,6 +89,16 @@ def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
         }
         for name, line in lines.items()
     ]
+
+
+def shares(gradient: dict[str, Tensor]) -> dict[str, float]:
+    """The share of the squared norm in each kind of tensor, by the names transformers gives."""
+    found = dict.fromkeys((*KINDS.values(), OTHER), 0.0)
+    for name, g in gradient.items():
+        kind = next((kind for part, kind in KINDS.items() if part in name), OTHER)
+        found[kind] += g.double().square().sum().item()
+    total = sum(found.values()) or 1.0
+    return {kind: square / total for kind, square in found.items()}
 
 
 def displacements(gradient: list[Tensor]) -> dict[str, list[Tensor]]:

@@ -297,6 +297,7 @@ def markdown(result: Result) -> str:
     parts += _differences(grid)
     parts += _under_attack(grid)
     parts += _along_lines(grid)
+    parts += _where_the_gradient_lies(grid)
     if cost := {
         title: (grid.values, _cost(name, factor), decimals)
         for name, (title, decimals, factor) in COSTS.items()
@@ -427,6 +428,21 @@ def _along_lines(grid: Grid) -> list[str]:
         )
         if lengths
     ]
+
+
+def _where_the_gradient_lies(grid: Grid) -> list[str]:
+    """The norm of the harmful gradient and the share of its square in each kind of tensor."""
+    kinds = dict.fromkeys(k for cell in grid.cells for k in cell.get("harmful_grad_shares") or ())
+
+    def share(kind: str) -> Measure:
+        return lambda cell: (cell.get("harmful_grad_shares") or {}).get(kind)
+
+    columns: dict[str, tuple[list[Any], Measure, int]] = {
+        "norm of ∇h": (grid.values[:1], lambda cell: cell.get("harmful_grad_norm"), 2)
+    }
+    columns |= {kind: (grid.values[:1], share(kind), 2) for kind in kinds}
+    heading = "### Where the harmful gradient lies, shares of its squared norm"
+    return [heading, _methods_table(grid, "before the attack", columns)] if kinds else []
 
 
 def line(cell: Cell, name: str) -> Curve:
