@@ -223,9 +223,20 @@ def test_one_seed_has_no_interval() -> None:
 def test_steps_until_half_are_a_median_that_counts_the_never() -> None:
     text = report.markdown(over_p(sft={0.1: [100, 80, 20], 0.2: [100, 20, 20]}))
     # 100 reaches 50 at step 100; 80 goes from 40 to 80 and reaches it at 125; 20 never does.
-    assert row(text, "Steps until", "SFT") == ["125; 2 reach it", "> 200; 1 reach it"]
+    assert row(text, "Steps until", "SFT") == ["125: 100, 125, > 200", "> 200: 100, > 200, > 200"]
+    assert "The same steps" not in text
     # 0, 50, 100: (25 + 75)/2 = 50; likewise 40 and 10.
     assert row(text, "Area under", "SFT")[0].startswith("33.3 ")
+
+
+def test_the_delay_is_paired_by_seed_and_needs_attacks_that_got_there() -> None:
+    scores = {0.1: [100, 80, 80], 0.2: [100, 100]}
+    text = report.markdown(over_p(sft=scores, booster={0.1: [80, 80], 0.2: [80, 20]}))
+    # 125/100 and 125/125; the third seed has no pair. At p = 0.2 one never gets there.
+    assert row(text, "The same steps", "Booster") == ["1.1 [1.0, 1.2] (2 of 3 seeds)", "–"]
+    at_once = over_p(sft={0.1: [100]}, booster={0.1: [80]})
+    at_once["cells"][0]["aligned"]["harmful_score"] = 60
+    assert row(report.markdown(at_once), "The same steps", "Booster") == ["–"]
 
 
 def test_sft_without_the_swept_setting_stands_for_every_value_of_it() -> None:

@@ -373,38 +373,79 @@ def _differences(grid: Grid) -> list[str]:
 
 
 def _under_attack(grid: Grid) -> list[str]:
-    def attack(cell: Cell | None) -> Curve:
-        finished = cell and cell.get("attacked") and cell.get("curve")
-        return curve(cell, "harmful_score") if cell and finished else []
-
-    def area(cell: Cell) -> float | None:
-        return uncertainty.area_under(attack(cell))
-
-    def reaching(series: Series, value: Any) -> str:
-        found = [attack(grid.cell(series, seed, value)) for seed in grid.seeds]
-        curves = [points for points in found if points]
-        if not curves:
-            return MISSING
-        steps = [step for points in curves if (step := uncertainty.steps_to(points)) is not None]
-        ordered = [*steps, *[math.inf] * (len(curves) - len(steps))]
-        median = (median_low(ordered) + median_high(ordered)) / 2
-        last = max(points[-1][0] for points in curves)
-        text = f"> {last:g}" if math.isinf(median) else f"{median:.0f}"
-        return f"{text}; {len(steps)} reach it{grid.count(len(curves))}"
-
-    if not any(map(attack, grid.cells)):
+    if not any(map(_attack, grid.cells)):
         return []
-    rows = [[row, *(reaching(row, value) for value in grid.values)] for row in grid.series]
-    areas = {head: (values, area, 1) for head, values in grid.columns.items()}
-    return [
+    heads = ["method", *list(grid.columns)[: len(grid.values)]]
+
+    def table(entry: Callable[[Grid, Series, Any], str], series: Iterable[Series]) -> str:
+        return _table(heads, [[s, *(entry(grid, s, v) for v in grid.values)] for s in series])
+
+    parts = [
         "### Steps until the harmful score reaches 50 %",
-        "Median over seeds, a seed that never reaches it counting as later than all others, and "
-        "how many do; “>” stands before the last step of the attack.",
-        _table(["method", *list(grid.columns)[: len(grid.values)]], rows),
+        "Median over seeds, and each seed; “>” stands before the last step of an attack that had "
+        "not got there.",
+        _table(
+            heads, [[row, *(_reaching(grid, row, v) for v in grid.values)] for row in grid.series]
+        ),
+    ]
+    if defenses := [row for row in grid.series if row.method != "sft"]:
+        parts += [
+            "### The same steps, times SFT's",
+            "Paired by seed; “–” where an attack ended before.",
+            _table(
+                heads, [[row, *(_delay(grid, row, v) for v in grid.values)] for row in defenses]
+            ),
+        ]
+    areas: dict[str, tuple[list[Any], Measure, int]] = {
+        head: (values, lambda cell: uncertainty.area_under(_attack(cell)), 1)
+        for head, values in grid.columns.items()
+    }
+    return [
+        *parts,
         "### Area under the harmful score, 0 to 100",
         "The harmful score averaged over the steps of the attack.",
         _methods_table(grid, "method", areas),
     ]
+
+
+def _attack(cell: Cell) -> Curve:
+    """The harmful score under an attack that has finished."""
+    finished = cell.get("attacked") and cell.get("curve")
+    return curve(cell, "harmful_score") if finished else []
+
+
+def _reached(grid: Grid, series: Series, value: Any) -> dict[int, float]:
+    """The step of each seed at which half comply; infinite where it is after the last."""
+    cells = {seed: grid.cell(series, seed, value) for seed in grid.seeds}
+    curves = {seed: points for seed, cell in cells.items() if cell and (points := _attack(cell))}
+    steps = {seed: uncertainty.steps_to(points) for seed, points in curves.items()}
+    return {seed: math.inf if step is None else step for seed, step in steps.items()}
+
+
+def _reaching(grid: Grid, series: Series, value: Any) -> str:
+    steps = list(_reached(grid, series, value).values())
+    if not steps:
+        return MISSING
+    cells = [grid.cell(series, seed, value) for seed in grid.seeds]
+    last = max(points[-1][0] for cell in cells if cell and (points := _attack(cell)))
+    median = (median_low(steps) + median_high(steps)) / 2
+    several = f": {', '.join(_step(step, last) for step in steps)}" if len(steps) > 1 else ""
+    return f"{_step(median, last)}{several}{grid.count(len(steps))}"
+
+
+def _delay(grid: Grid, series: Series, value: Any) -> str:
+    """Times SFT's steps; a mean that no attack cut short."""
+    sft = grid.baseline(series)
+    steps = _reached(grid, series, value)
+    of_sft = _reached(grid, sft, value) if sft else {}
+    both = steps.keys() & of_sft.keys()
+    if not both or not all(steps[k] < math.inf and 0 < of_sft[k] < math.inf for k in both):
+        return MISSING
+    return grid.show(uncertainty.mean_interval(steps[k] / of_sft[k] for k in sorted(both)), 1)
+
+
+def _step(step: float, last: float) -> str:
+    return f"> {last:g}" if math.isinf(step) else f"{step:.0f}"
 
 
 def _along_lines(grid: Grid) -> list[str]:
