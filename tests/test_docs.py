@@ -290,6 +290,22 @@ def test_the_scores_in_the_readme_are_the_published_ones(heading: str, result: s
     assert quoted == scores
 
 
+def test_the_tasks_in_the_readme_are_the_published_ones() -> None:
+    published = (ROOT / "benchmarks/results/harmful_finetuning/tasks-full.md").read_text()
+    harmful, accuracy = (
+        {row[0]: [entry.split()[0] for entry in row[1:]] for row in cells(published, f"### {name}")}
+        for name in ("Harmful score", "Finetune accuracy")
+    )
+    quoted = {row[0]: row[1:] for row in cells((ROOT / "README.md").read_text(), "**Four tasks**")}
+    assert quoted == {
+        method: [
+            f"{h} / {a.replace('100.0', '100')}"
+            for h, a in zip(scores, accuracy[method], strict=True)
+        ]
+        for method, scores in harmful.items()
+    }
+
+
 def test_images_are_what_the_records_give(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plots = load("plots")
