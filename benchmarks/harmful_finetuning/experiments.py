@@ -281,7 +281,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Kind requests with help among the alignment data",
         "kind_samples",
         _of_settings("kind_samples", (0, 136, 544)),
-        "Beside 691 refusals. The look-alikes that are evaluated are other prompts.",
+        "Beside the refusals. The look-alikes that are evaluated are other prompts.",
     ),
     "width": Experiment("Hidden size of the model", "width", _of_settings("width", (64, 128, 256))),
     "adapters": Experiment(

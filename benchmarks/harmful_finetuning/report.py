@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, median_high, median_low
 from typing import Any, NamedTuple
@@ -322,6 +322,13 @@ def _methods_table(
     return _table([corner, *columns], rows)
 
 
+def _by_value(grid: Grid, series: Iterable[Series], entry: Callable[[Series, Any], str]) -> str:
+    heads = [_setting(grid.axis, value) for value in grid.values]
+    return _table(
+        ["method", *heads], [[row, *(entry(row, value) for value in grid.values)] for row in series]
+    )
+
+
 def _provenance(grid: Grid) -> str:
     commits = dict.fromkeys(str(cell["commit"]) for cell in grid.cells if cell.get("commit"))
     versions = dict.fromkeys(
@@ -346,12 +353,10 @@ def _each_seed(grid: Grid) -> list[str]:
         found = grid.by_seed(series, [value], score("harmful_score"))
         return ", ".join(f"{found[s]:.0f}" if s in found else MISSING for s in grid.seeds)
 
-    heads = [_setting(grid.axis, value) for value in grid.values]
-    rows = [[row, *(scores(row, value) for value in grid.values)] for row in grid.series]
     return [
         "### Seed by seed",
         f"Harmful score after the attack of seeds {', '.join(map(str, grid.seeds))}, %.",
-        _table(["method", *heads], rows),
+        _by_value(grid, grid.series, scores),
     ]
 
 
@@ -375,26 +380,17 @@ def _differences(grid: Grid) -> list[str]:
 def _under_attack(grid: Grid) -> list[str]:
     if not any(map(_attack, grid.cells)):
         return []
-    heads = ["method", *list(grid.columns)[: len(grid.values)]]
-
-    def table(entry: Callable[[Grid, Series, Any], str], series: Iterable[Series]) -> str:
-        return _table(heads, [[s, *(entry(grid, s, v) for v in grid.values)] for s in series])
-
     parts = [
         "### Steps until the harmful score reaches 50 %",
         "Median over seeds, and each seed; “>” stands before the last step of an attack that had "
         "not got there.",
-        _table(
-            heads, [[row, *(_reaching(grid, row, v) for v in grid.values)] for row in grid.series]
-        ),
+        _by_value(grid, grid.series, partial(_steps, grid)),
     ]
     if defenses := [row for row in grid.series if row.method != "sft"]:
         parts += [
             "### The same steps, times SFT's",
             "Paired by seed; “–” where an attack ended before.",
-            _table(
-                heads, [[row, *(_delay(grid, row, v) for v in grid.values)] for row in defenses]
-            ),
+            _by_value(grid, defenses, partial(_delay, grid)),
         ]
     areas: dict[str, tuple[list[Any], Measure, int]] = {
         head: (values, lambda cell: uncertainty.area_under(_attack(cell)), 1)
@@ -414,38 +410,42 @@ def _attack(cell: Cell) -> Curve:
     return curve(cell, "harmful_score") if finished else []
 
 
-def _reached(grid: Grid, series: Series, value: Any) -> dict[int, float]:
-    """The step of each seed at which half comply; infinite where it is after the last."""
+def _attacks(grid: Grid, series: Series, value: Any) -> dict[int, Curve]:
+    """The finished attacks on a method by seed."""
     cells = {seed: grid.cell(series, seed, value) for seed in grid.seeds}
-    curves = {seed: points for seed, cell in cells.items() if cell and (points := _attack(cell))}
+    return {seed: points for seed, cell in cells.items() if cell and (points := _attack(cell))}
+
+
+def _reached(curves: dict[int, Curve]) -> dict[int, float]:
+    """The step of each seed at which half comply; infinite where it is after the last."""
     steps = {seed: uncertainty.steps_to(points) for seed, points in curves.items()}
     return {seed: math.inf if step is None else step for seed, step in steps.items()}
 
 
-def _reaching(grid: Grid, series: Series, value: Any) -> str:
-    steps = list(_reached(grid, series, value).values())
-    if not steps:
+def _steps(grid: Grid, series: Series, value: Any) -> str:
+    curves = _attacks(grid, series, value)
+    if not curves:
         return MISSING
-    cells = [grid.cell(series, seed, value) for seed in grid.seeds]
-    last = max(points[-1][0] for cell in cells if cell and (points := _attack(cell)))
+    last = max(points[-1][0] for points in curves.values())
+
+    def number(step: float) -> str:
+        return f"> {last:g}" if math.isinf(step) else f"{step:.0f}"
+
+    steps = list(_reached(curves).values())
     median = (median_low(steps) + median_high(steps)) / 2
-    several = f": {', '.join(_step(step, last) for step in steps)}" if len(steps) > 1 else ""
-    return f"{_step(median, last)}{several}{grid.count(len(steps))}"
+    several = f": {', '.join(map(number, steps))}" if len(steps) > 1 else ""
+    return f"{number(median)}{several}{grid.count(len(steps))}"
 
 
 def _delay(grid: Grid, series: Series, value: Any) -> str:
     """Times SFT's steps; a mean that no attack cut short."""
     sft = grid.baseline(series)
-    steps = _reached(grid, series, value)
-    of_sft = _reached(grid, sft, value) if sft else {}
+    steps = _reached(_attacks(grid, series, value))
+    of_sft = _reached(_attacks(grid, sft, value)) if sft else {}
     both = steps.keys() & of_sft.keys()
     if not both or not all(steps[k] < math.inf and 0 < of_sft[k] < math.inf for k in both):
         return MISSING
     return grid.show(uncertainty.mean_interval(steps[k] / of_sft[k] for k in sorted(both)), 1)
-
-
-def _step(step: float, last: float) -> str:
-    return f"> {last:g}" if math.isinf(step) else f"{step:.0f}"
 
 
 def _along_lines(grid: Grid) -> list[str]:
@@ -768,19 +768,19 @@ def _axis_figure(grid: Grid) -> Figure:
     for axes, (name, (title, _)) in zip(panels.flat, SCORES.items(), strict=True):
         for i, series in enumerate(grid.series):
             shift = 0.5 * ((i + 0.5) / len(grid.series) - 0.5)
-            found = {
-                place + shift: estimate
+            scores = {
+                place + shift: list(grid.by_seed(series, [value], score(name)).values())
                 for place, value in enumerate(grid.values)
-                if (estimate := grid.estimate(series, [value], score(name)))
+            }
+            found = {
+                x: estimate
+                for x, seeds in scores.items()
+                if (estimate := uncertainty.mean_interval(seeds))
             }
             color, marker = series.style
-            seeds = [
-                (place + shift, one)
-                for place, value in enumerate(grid.values)
-                for one in grid.by_seed(series, [value], score(name)).values()
-            ]
-            if seeds:
-                axes.scatter(*zip(*seeds, strict=True), s=9, color=color, alpha=0.4, lw=0)
+            dots = [(x, y) for x, seeds in scores.items() for y in seeds]
+            if dots:
+                axes.scatter(*zip(*dots, strict=True), s=9, color=color, alpha=0.4, lw=0)
             axes.errorbar(
                 list(found),
                 [e.mean for e in found.values()],
