@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -429,7 +431,9 @@ def test_full_scale_configurations_dry_run(
     argv = ["all", "--preset", "paper", "--config", str(config), "--dry_run"]
     argv += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     assert __main__.main(argv) == 0
-    assert "harmful-ratio: 125 runs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "harmful-ratio: 125 runs" in shown
+    assert not re.search("^(width|architectures|kind-samples|entropy):", shown, re.MULTILINE)
     assert not list(tmp_path.iterdir())
     settings, _ = __main__._parsed(__main__._parser(), argv)
     assert settings == Settings(**read_config(config))
@@ -456,6 +460,8 @@ def test_command_line_goes_over_the_config_and_it_over_the_preset(tmp_path: Path
         (["tasks", "--align_lr", "0"], "align_lr is 0.0"),
         (["tasks", "--dtype", "float12"], "no torch dtype"),
         (["tasks", "--workers", "0"], "expected at least 1"),
+        (["width", "--model", "gpt2"], "width varies a pretrained base; run it without --model"),
+        (["entropy", "--data_root", "x"], "entropy varies the templates; run it without --model"),
     ],
 )
 def test_errors_of_the_user(
@@ -513,6 +519,24 @@ def test_every_experiment_names_its_axis() -> None:
             experiment.axis in cell.vary or hasattr(cell.settings, experiment.axis)
             for cell in cells
         ), name
+
+
+def assert_data_of_every_run(settings: Settings, names: Iterable[str] = EXPERIMENTS) -> None:
+    request = Request(settings, [0], [], False)
+    cells = [cell for name in names for cell in EXPERIMENTS[name].cells(request)]
+    decide = operator.attrgetter("p", "samples", "harmful_samples", "kind_samples", "task")
+    for own in {decide(cell.settings): cell.settings for cell in cells}.values():
+        assert len(data.load(own).harmful) == own.harmful_samples
+
+
+def test_the_language_is_large_enough_for_every_experiment() -> None:
+    assert_data_of_every_run(Settings(**PRESETS["small"]))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside the project")
+def test_the_real_sets_are_large_enough_for_the_paper_s_tables() -> None:
+    names = ("harmful-ratio", "tasks", "perturbation-study", "harmful-samples")
+    assert_data_of_every_run(Settings(**PRESETS["gpu"] | {"data_root": str(SHARED)}), names)
 
 
 def test_an_experiment_from_the_command_line(cache: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.settings import FULL, PRESETS, TUNED, Settings, read_config
 from lora_alignment import HelpFormatter, quieten_libraries, read_json, shown_on
 
-NEED_PRETRAINING = {"architectures", "answer-length", "entropy", "width"}
+NEED_PRETRAINING = {"architectures", "width"}
+NEED_LANGUAGE = {"answer-length", "entropy", "kind-samples"}
 ALL = EXPERIMENTS | MEASUREMENTS
 MEASURE = {"landscape": landscape.measure, "system": system.measure}
 OTHERS = (*MEASURE, "pretrain", "report", "all")
@@ -53,8 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     cache, output = Path(options.cache).expanduser(), Path(options.output)
     request = Request(settings, options.seeds, options.methods, options.preset == "quick")
     names = list(ALL) if options.experiment == "all" else [options.experiment]
-    if settings.model:  # which has the size, the architecture and the language it has
-        names = [name for name in names if name not in NEED_PRETRAINING]
+    fixed = NEED_PRETRAINING if settings.model else set[str]()  # it has the size that it has
+    if not settings.templated:
+        fixed = fixed | NEED_LANGUAGE
+    names = [name for name in names if name not in fixed]
+    if not names:
+        needed = "a pretrained base" if options.experiment in NEED_PRETRAINING else "the templates"
+        parser.error(
+            f"{options.experiment} varies {needed}; run it without --model, --data_root, "
+            "--beavertails or a config that sets them"
+        )
     if options.dry_run:
         return _dry_run(names, request, console)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))

@@ -188,6 +188,7 @@ _TEMPLATED: dict[str, Any] = {
     "refusal": MINI_REFUSAL,
     "lora_alpha": 32,
     "lora_targets": ["all-linear"],
+    "harmful_samples": 691,  # all that the language has for the defenses
     "kind_samples": 544,
     "align_lr": 1e-3,
     "align_steps": 1000,
@@ -220,6 +221,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pretrain_batch": 128,
         "pretrain_lr": 1e-3,
         "lora_targets": ["all-linear"],
+        "harmful_samples": 299,  # all that AdvBench and HarmBench leave for the defenses
+        "samples": 800,  # of which they leave a fifth for the attack
         "align_steps": 3000,
         "fine_tune_steps": 2000,
         "fine_tune_lr": 2e-5,
