@@ -609,9 +609,10 @@ def test_lines_start_at_the_aligned_model_and_go_down_the_harmful_loss(
             assert points[0.0]["harmful_loss"] == pytest.approx(aligned["harmful_loss"], rel=1e-6)
         assert points[0.03]["harmful_train_loss"] < points[0.0]["harmful_train_loss"]
         assert cell["harmful_grad_norm"] > 0
+        assert cell["weight_norm"] > 0
         assert sum(cell["harmful_grad_shares"].values()) == pytest.approx(1)
         assert cell["harmful_grad_shares"]["embedding"] == 0  # which LoRA does not train here
     text = (tmp_path / "landscape-lora.md").read_text()
     assert "norms by tensor" in text
-    assert "| before the attack | norm of ∇h | embedding | attention |" in text
+    assert "| before the attack | norm of w | norm of ∇h | embedding | attention |" in text
     assert (tmp_path / "landscape-lora-lines.svg").stat().st_size > 1000

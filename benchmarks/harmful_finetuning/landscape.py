@@ -6,7 +6,7 @@ with the gradient g of the harmful loss at w, on samples of the attack, and one 
 d = g, as Booster simulates; dᵢ = gᵢ/‖gᵢ‖ of each weight tensor i; d = sign(g), which is what
 AdamW's first step takes. The loss and the harmful score are those of held-out prompts. Beside it,
 what share of ‖g‖² lies in the tensors of each kind: it is the share of Booster's simulated step
-that they get.
+that they get; and ‖w‖, which a length can be compared with.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
     start = [p.detach().clone() for p in weights]
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad / BATCHES for p in weights]
     about = {
+        "weight_norm": get_total_norm(start).item(),
         "harmful_grad_norm": get_total_norm(gradient).item(),
         "harmful_grad_shares": shares(dict(zip(named, gradient, strict=True))),
     }

@@ -472,14 +472,15 @@ def _along_lines(grid: Grid) -> list[str]:
 
 
 def _where_the_gradient_lies(grid: Grid) -> list[str]:
-    """The norm of the harmful gradient and the share of its square in each kind of tensor."""
+    """The norms of weights and harmful gradient, and the share of its square in each kind of tensor."""
     kinds = dict.fromkeys(k for cell in grid.cells for k in cell.get("harmful_grad_shares") or ())
 
     def share(kind: str) -> Measure:
         return lambda cell: (cell.get("harmful_grad_shares") or {}).get(kind)
 
     columns: dict[str, tuple[list[Any], Measure, int]] = {
-        "norm of ∇h": (grid.values[:1], lambda cell: cell.get("harmful_grad_norm"), 2)
+        "norm of w": (grid.values[:1], lambda cell: cell.get("weight_norm"), 1),
+        "norm of ∇h": (grid.values[:1], lambda cell: cell.get("harmful_grad_norm"), 2),
     }
     columns |= {kind: (grid.values[:1], share(kind), 2) for kind in kinds}
     heading = "### Where the harmful gradient lies, shares of its squared norm"
