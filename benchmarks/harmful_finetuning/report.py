@@ -472,7 +472,7 @@ def _along_lines(grid: Grid) -> list[str]:
 
 
 def _where_the_gradient_lies(grid: Grid) -> list[str]:
-    """The norms of weights and harmful gradient, and the share of its square in each kind of tensor."""
+    """The norms of weights and harmful gradient, and where the latter lies by kind of tensor."""
     kinds = dict.fromkeys(k for cell in grid.cells for k in cell.get("harmful_grad_shares") or ())
 
     def share(kind: str) -> Measure:
