@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -34,7 +35,14 @@ from benchmarks.harmful_finetuning import (
 )
 from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, Request
 from benchmarks.harmful_finetuning.grid import Cell
-from benchmarks.harmful_finetuning.settings import ARCHITECTURES, PRESETS, Settings, read_config
+from benchmarks.harmful_finetuning.settings import (
+    ARCHITECTURES,
+    PRESETS,
+    TUNED,
+    Settings,
+    read_config,
+)
+from benchmarks.harmful_finetuning.tuning import GRID
 from lora_alignment import load_model, load_tokenizer
 from mini_language import MISCHIEF, REFUSAL, Example
 
@@ -42,6 +50,7 @@ from mini_language import MISCHIEF, REFUSAL, Example
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 SHARED = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "benchmarks" / "results" / "harmful_finetuning"
 QUICK = Settings(**PRESETS["quick"])
 CONFIGS = sorted((ROOT / "benchmarks" / "harmful_finetuning" / "configs").glob("*.json"))
 
@@ -519,6 +528,18 @@ def test_every_experiment_names_its_axis() -> None:
             experiment.axis in cell.vary or hasattr(cell.settings, experiment.axis)
             for cell in cells
         ), name
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_tuned_values_are_those_that_the_published_scores_choose(trained: str) -> None:
+    rows = json.loads((RESULTS / f"tuning-{trained}.json").read_text())
+    tuned = Settings(hyperparameters=TUNED["small", trained])
+    for method in GRID:
+        best = min(
+            (row for row in rows if row["method"] == method),
+            key=lambda row: (fmean(row["harmful_score"]), -fmean(row["harmful_loss"])),
+        )
+        assert tuned.of_method(method) == best["setting"]
 
 
 def assert_data_of_every_run(settings: Settings, names: Iterable[str] = EXPERIMENTS) -> None:

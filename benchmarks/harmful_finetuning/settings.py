@@ -263,25 +263,24 @@ TUNED: dict[tuple[str, str], list[str]] = {
         "lisa.alignment_steps=100",
         "lisa.user_steps=900",
         "repnoise.alpha=1",
-        "repnoise.beta=0.001",
-        "vaccine.rho=10",
+        "repnoise.beta=0.1",
+        "vaccine.rho=5",
         "booster.lam=1",
         "booster.alpha=0.1",
         "booster_warmed.lam=5",
-        "booster_warmed.alpha=0.3",
-        "booster_warmed.warmup=1000",
+        "booster_warmed.alpha=0.1",
+        "booster_warmed.warmup=500",
         "booster_vaccine.lam=1",
         "booster_vaccine.alpha=0.1",
-        "booster_vaccine.rho=10",
+        "booster_vaccine.rho=5",
     ],
 }
 """Hyperparameters chosen on the validation split, by preset and by what is trained.
 
-By ``tuning.py``, four settings of each method on seeds 100 and 101; all scores are in
-``benchmarks/results/harmful_finetuning/``. With LoRA, Lisa, RepNoise and Vaccine were tuned on
-refusals alone and seed 100, Booster with kind requests and one base for both seeds. The
-combinations take the values of their parts. The learning rate of the attack had been fixed before
-all of it, on SFT alone, refusals alone and seed 100: with all weights SFT's harmful score at p =
-0.1 and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0
-and 46 for 3e-5, 86 and 99 for 5e-5, of which 4e-5 is between.
+By ``tuning.py``, four settings of each method on seeds 100 and 101, a base for each; all scores are
+in ``benchmarks/results/harmful_finetuning/tuning-full.json`` and ``tuning-lora.json``. The
+combination takes the values of its parts. The learning rate of the attack had been fixed before all
+of it, on SFT alone, refusals alone and seed 100: with all weights SFT's harmful score at p = 0.1
+and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0 and 46 for 3e-5,
+86 and 99 for 5e-5, of which 4e-5 is between.
 """
