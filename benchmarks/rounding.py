@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from torch_booster.functional import norms, perturb_, root_sum_square
+from torch_booster.functional import norms, perturb_, step_sizes
 
 ALPHAS = (0.01, 0.1, 1.0)
 EPS = 1e-7
@@ -149,12 +149,11 @@ def arrival(
     dice = torch.Generator().manual_seed(seed + 1)
     for weights, gradient in chunks():
         for dtype, alpha in product(MANTISSA, ALPHAS):
-            w, minus_g = weights.to(dtype), -gradient.to(dtype)
+            w, g = weights.to(dtype), gradient.to(dtype)
             n = math.sqrt(squares[dtype])
-            meant = minus_g.double() * (alpha / (n + EPS))
+            meant = g.double() * (-alpha / (n + EPS))
             live = w.clone()
-            norm = torch.tensor(n, dtype=torch.float32)
-            perturb_([live], [w], [minus_g], norms([minus_g]), [alpha], norm, EPS)
+            perturb_([live], [w], [g], torch.tensor(alpha / (n + EPS), dtype=torch.float32))
             arrived[dtype, "nearest", alpha].add(live.double() - w.double(), meant)
             if dtype is not torch.float32:
                 live = stochastic(w.double() + meant, dtype, dice)
@@ -272,16 +271,16 @@ def perturb(
 ) -> None:
     """Moves the model's weights to w′ and rounds them as they are held."""
     live = [p.data for p in trained]
-    minus_g = [-g.to(p.dtype) for g, p in zip(grads, live, strict=True)]
-    lengths = norms(minus_g)
-    n = root_sum_square(lengths)
+    rounded = [g.to(p.dtype) for g, p in zip(grads, live, strict=True)]
+    lengths = torch.stack(norms(rounded))
     if way.rounding == "stochastic":
         dice = torch.Generator().manual_seed(0)
-        for p, g in zip(live, minus_g, strict=True):
-            p.copy_(stochastic(p.double() + g.double() * (alpha / (n + EPS)), p.dtype, dice))
+        scale = alpha / (torch.linalg.vector_norm(lengths) + EPS)
+        for p, g in zip(live, rounded, strict=True):
+            p.copy_(stochastic(p.double() - g.double() * scale, p.dtype, dice))
         return
     w = [p.clone() for p in live]
-    perturb_(live, w, minus_g, lengths, [alpha] * len(live), n, EPS)
+    perturb_(live, w, rounded, step_sizes(lengths, [alpha] * len(live), "global", EPS))
 
 
 def difference(model: nn.Module, batch: Batch, alpha: float, way: Way) -> Tensor:

@@ -216,7 +216,9 @@ def floor(problem: Problem) -> Closure:
 
 def booster(problem: Problem) -> Closure:
     """`BoosterOptimizer` in one call."""
-    optimizer = BoosterOptimizer(problem.optimizer(problem.parameters()), LAM, ALPHA)
+    optimizer = BoosterOptimizer(
+        problem.optimizer(problem.parameters()), LAM, ALPHA, self_check=False
+    )
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -227,7 +229,9 @@ def booster(problem: Problem) -> Closure:
 
 def booster_staged(problem: Problem) -> Closure:
     """`BoosterOptimizer` in stages."""
-    optimizer = BoosterOptimizer(problem.optimizer(problem.parameters()), LAM, ALPHA)
+    optimizer = BoosterOptimizer(
+        problem.optimizer(problem.parameters()), LAM, ALPHA, self_check=False
+    )
 
     def step() -> Tensor:
         optimizer.zero_grad()

@@ -17,19 +17,25 @@ def booster_gradient(
     lam: float | Sequence[float],
     alpha: float | Sequence[float],
     eps: float = 1e-7,
+    norm: str = "global",
 ) -> list[Tensor | None]:
     """∇f(w) + λ·(∇h(w) − ∇h(w − α·∇h(w)/(‖∇h(w)‖ + ε))), each gradient by autograd.grad on clones.
 
-    None where neither f nor h depends on a parameter.
+    With the norm "tensor" w′ᵢ = wᵢ − (α/√n)·gᵢ/(‖gᵢ‖ + ε) over the n tensors whose gradient is not
+    zero. None where neither f nor h depends on a parameter.
     """
     lams = [lam] * len(params) if isinstance(lam, (int, float)) else lam
     alphas = [alpha] * len(params) if isinstance(alpha, (int, float)) else alpha
     w = [p.detach().clone() for p in params]
     g_f = _gradient(f, w)
     g_h = _gradient(h, w)
-    norm = sum(float((g.double() ** 2).sum()) for g in g_h if g is not None) ** 0.5
+    own = [0.0 if g is None else float((g.abs().double() ** 2).sum()) ** 0.5 for g in g_h]
+    n = sum(length > 0 for length in own)
+    whole = sum(length**2 for length in own) ** 0.5
+    divisors = [n**0.5 * (length + eps) if norm == "tensor" else whole + eps for length in own]
     w_prime = [
-        p if g is None else p - a * g / (norm + eps) for p, g, a in zip(w, g_h, alphas, strict=True)
+        p if g is None or not g.any() else p - a * g / divisor
+        for p, g, a, divisor in zip(w, g_h, alphas, divisors, strict=True)
     ]
     q = _gradient(h, w_prime)
     return [

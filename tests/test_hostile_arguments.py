@@ -357,7 +357,7 @@ def test_a_parameter_without_memory_beside_others() -> None:
 def test_parameters_without_data() -> None:
     """On the meta device everything has a shape and nothing a value."""
     param = nn.Parameter(torch.empty(3, 2, device="meta"))
-    opt = BoosterOptimizer(torch.optim.SGD([param], lr=0.1))
+    opt = BoosterOptimizer(torch.optim.SGD([param], lr=0.1), self_check=False)
 
     def closure() -> Tensor:
         loss = param.pow(3).sum()
@@ -450,7 +450,7 @@ def test_a_gradient_written_by_hand_may_be_a_view() -> None:
 @pytest.mark.parametrize(
     "loss",
     [1, 0.5, math.nan, math.inf, Fraction(1, 3), np.float64(0.5), np.int32(2),
-     10**400, torch.tensor(1), torch.tensor([[0.5]]), torch.tensor(1j)],
+     10**400, torch.tensor(1), torch.tensor([[0.5]])],
     ids=repr,
 )  # fmt: skip
 def test_any_one_number_is_a_loss(loss: Any) -> None:

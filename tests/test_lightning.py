@@ -200,7 +200,7 @@ def test_step_without_a_regulariser_says_so() -> None:
 
 
 @pytest.mark.parametrize("how", ["optimizer", "module"])
-def test_closure_that_zeroes_the_regulariser_says_so(how: str) -> None:
+def test_closure_that_zeroes_keeps_the_regulariser(how: str) -> None:
     class Zeroing(Manual):
         def step(self, opt: Any) -> None:
             def closure() -> Tensor:
@@ -211,11 +211,8 @@ def test_closure_that_zeroes_the_regulariser_says_so(how: str) -> None:
             opt.step(closure)
 
     module = Zeroing()
-    before = copy.deepcopy(module.net).double()
-    with pytest.raises(RuntimeError, match=r"zeroed the regulariser.*accumulate"):
-        fit(module)
-    for p, q in zip(module.net.parameters(), before.parameters(), strict=True):
-        assert torch.equal(p, q)
+    fit(module)
+    assert module.compared == STEPS
 
 
 def test_closure_that_accumulates_onto_the_regulariser() -> None:

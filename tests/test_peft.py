@@ -142,7 +142,7 @@ def test_formula_under_lora_dropout() -> None:
 def test_no_perturbation_leaves_nothing_but_mask_noise(replay: bool) -> None:
     """At α = 0 the two harmful passes differ by their masks alone: not at all when replayed."""
     model = dropout_model()
-    optimizer = boosted(trainable(model).values(), replay_rng=replay)
+    optimizer = boosted(trainable(model).values(), replay_rng=replay, self_check=replay)
     optimizer.alpha = 0.0
     optimizer.regularize(closure(model, HARMFUL))
     regularizer = torch.cat([p.grad.flatten() for p in trainable(model).values()])

@@ -51,8 +51,8 @@ def test_the_readme_shows_the_minimal_example() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """optimizer -> closure -> distributed -> engine, functional -> torch."""
-    order = ["functional", "engine", "distributed", "closure", "optimizer"]
+    """optimizer -> closure -> distributed -> functional -> torch."""
+    order = ["functional", "checks", "diagnostics", "distributed", "closure", "optimizer"]
     for index, name in enumerate(order):
         source = files("torch_booster").joinpath(f"{name}.py").read_text()
         imported = re.findall(r"from torch_booster\.(\w+) import", source)

@@ -153,7 +153,7 @@ def make_trainer(
         train_dataset=sentences(22, seed=1),
         data_collator=collate,
         harmful_dataset=sentences(7, seed=2) if harmful is None else harmful,
-        booster_args=booster or BoosterArguments(LAM, ALPHA, per_device_harmful_batch_size=3),
+        booster_args=booster or BoosterArguments(LAM, ALPHA, 3, self_check=False),
         **(trainer or {}),
     )
 
@@ -301,7 +301,7 @@ def test_every_third_step_is_three_times_as_heavy(tmp_path: Path, stream: str) -
         trainer = make_trainer(
             tmp_path / folder,
             harmful=rows,
-            booster=BoosterArguments(LAM / every, ALPHA, 3, every),
+            booster=BoosterArguments(LAM / every, ALPHA, 3, every, self_check=False),
             gradient_accumulation_steps=2,
             **changes,
         )
@@ -329,7 +329,7 @@ def test_lam_grows_over_the_warm_up(tmp_path: Path) -> None:
     def run(folder: str, resume: str | None = None) -> Any:
         trainer = make_trainer(
             tmp_path / folder,
-            booster=BoosterArguments(LAM, ALPHA, 3, lam_warmup_steps=4),
+            booster=BoosterArguments(LAM, ALPHA, 3, lam_warmup_steps=4, self_check=False),
             gradient_accumulation_steps=2,
             max_steps=5,
             save_strategy="steps",
@@ -586,7 +586,7 @@ def test_records_hold_the_mean_diagnostics(tmp_path: Path) -> None:
     trainer.train()
 
     fields = ["harmful_loss", "perturbed_harmful_loss", "harmful_loss_drop"]
-    fields += ["harmful_grad_norm", "perturbation_norm"]
+    fields += ["harmful_grad_norm", "perturbation_norm", "drop_ratio"]
     training = [r for r in logged if "learning_rate" in r]
     assert [r["epoch"] for r in training] == [2 / 11, 4 / 11]
     for record, steps in zip(training, (seen[:2], seen[2:]), strict=True):
@@ -621,11 +621,12 @@ def test_nothing_waits_for_the_device_between_records(
                 counted.append(1)
             return func(*args, **(kwargs or {}))
 
-    def watched(self: Any, run: Any) -> None:
-        batch = self._next_harmful_batch()  # read and collated on the CPU, before anything counts
-        monkeypatch.setattr(self, "_next_harmful_batch", lambda: batch)
+    def watched(self: Any, booster: Any, run: Any) -> None:
+        # Read and collated on the CPU, before anything counts.
+        batch = self._next_harmful_batch(booster.step_count)
+        monkeypatch.setattr(self, "_next_harmful_batch", lambda turn: batch)
         with Reads():
-            regularize(self, run)
+            regularize(self, booster, run)
         monkeypatch.delattr(self, "_next_harmful_batch")
 
     monkeypatch.setattr(BoosterMixin, "_regularize", watched)
@@ -675,7 +676,9 @@ def test_data_seed_decides_the_order(tmp_path: Path) -> None:
 
 def test_default_batch_size_is_the_micro_batchs(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, booster=BoosterArguments(LAM, ALPHA), per_device_train_batch_size=5
+        tmp_path,
+        booster=BoosterArguments(LAM, ALPHA, self_check=False),
+        per_device_train_batch_size=5,
     )
     _, steps = check_run(trainer)
     assert {len(batch) for batch in harmful_ids(steps)} == {5}
@@ -890,7 +893,7 @@ def trl_trainer(
     kind = type("Boosted", (BoosterMixin, plain), {}) if boosted else plain
     mine = {
         "harmful_dataset": texts(7, 2, *columns),
-        "booster_args": BoosterArguments(LAM, ALPHA, per_device_harmful_batch_size=3),
+        "booster_args": BoosterArguments(LAM, ALPHA, 3, self_check=False),
     }
     common = {**COMMON, "gradient_accumulation_steps": 2, "max_steps": 2, "eval_steps": 1}
     common |= {"eval_strategy": "steps", "gradient_checkpointing": False, "bf16": False}
@@ -1024,12 +1027,12 @@ def test_bad_lam_is_refused_by_train(tmp_path: Path) -> None:
 
 
 def test_every_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"every is 0\. Pass 1"):
+    with pytest.raises(ValueError, match=r"every is 0\. Pass at least 1"):
         BoosterArguments(every=0)
 
 
 def test_a_negative_warm_up_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lam_warmup_steps is -1\. Pass 0"):
+    with pytest.raises(ValueError, match=r"lam_warmup_steps is -1\. Pass at least 0"):
         BoosterArguments(lam_warmup_steps=-1)
 
 

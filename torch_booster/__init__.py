@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from torch_booster.optimizer import BoosterOptimizer, Diagnostics
+from torch_booster.diagnostics import Diagnostics
+from torch_booster.optimizer import BoosterOptimizer
 
 __all__ = ["BoosterOptimizer", "Diagnostics", "__version__"]
 

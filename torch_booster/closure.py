@@ -1,56 +1,320 @@
-"""From a closure to gradients: what becomes of `.grad`, randomness and buffers meanwhile.
+"""The harmful closure, run at w and at w′: each time on an empty `.grad` and on one function.
 
 A closure is the user's code. It may zero gradients or leave them, loop over micro-batches, clip,
-draw dropout masks, or raise. `HarmfulPasses` runs the harmful closure twice and yields −∇h(w) and
-∇h(w′) − ∇h(w) whatever it does.
+draw dropout masks, or raise. What it leaves in `.grad` is the gradient; gradients from before,
+randomness and buffers are put back around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import math
+import random
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_booster.distributed import (
-    copies,
-    gradients_stay_local,
-    local,
-    placed_like,
-    several_processes,
-    version,
-    zeros,
-)
-from torch_booster.engine import undivided
-from torch_booster.functional import add_, as_float, negate_, scale_
+from torch_booster.checks import as_float, shown
+from torch_booster.distributed import copies, local, placed_like
+from torch_booster.functional import add_, copying, filled, norms, scale_, subtract_
 
-__all__ = ["Closure", "GradWatch", "HarmfulPasses", "run", "summed"]
+__all__ = [
+    "Closure",
+    "Grads",
+    "HarmfulPasses",
+    "Waiting",
+    "add_scaled",
+    "insist_on_gradients",
+    "set_aside",
+]
 
 Closure = Callable[[], Tensor | float]
+Grads = list[Tensor | None]
 
 
-def run(closure: Closure, name: str, params: Sequence[Tensor]) -> Tensor | float:
-    """Calls a closure with gradients enabled and insists that it made some.
+class HarmfulPasses:
+    """∇h at w and again at w′ ("regrad"), through one closure.
+
+    On exit every `.grad` is again what it was, as a copy, and so are the buffers.
 
     Args:
-        closure: Runs forward and backward, returns the loss.
-        name: What to call the closure in an error.
-        params: Parameters, at least one of which must receive a gradient.
+        closure: The harmful closure.
+        params: The trainable parameters.
+        replay_rng: Give each pass the random state of the first (equal dropout masks).
+        module: Module whose buffers and whose other parameters' gradients are put back.
+        accumulates: The closure promises to do nothing but accumulate into `.grad`.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Sequence[Tensor],
+        replay_rng: bool,
+        module: nn.Module | None,
+        accumulates: bool,
+    ) -> None:
+        self._closure = closure
+        self._params = params
+        self._module = module
+        self._accumulates = accumulates
+        self._rng = _RandomState() if replay_rng else None
+        self._buffers = _Buffers(module)
+        ours = {*params}
+        everything = () if module is None else module.parameters()
+        others = [p for p in everything if p.requires_grad and p not in ours]
+        self._held = [*params, *others]
+        self._kept: Grads = [None] * len(self._held)
+
+    def __enter__(self) -> HarmfulPasses:
+        _refuse_sparse("the loop", self._params)
+        # Copies: data parallelism may keep the tensors themselves, and write to them.
+        grads = [p.grad for p in self._held]
+        self._kept = filled(grads, copies([x for x in grads if x is not None]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for param, kept in zip(self._held, self._kept, strict=True):
+            param.grad = kept
+        self._buffers.restore()
+        torch.clear_autocast_cache()
+
+    def trial(self) -> Tensor:
+        """Runs the closure once and looks at what it did; waits for the device.
+
+        Returns:
+            h(w), which the next run must find again.
+
+        Raises:
+            RuntimeError: The pass changed weights, which are put back, or zeroed gradients in
+                spite of `accumulates`.
+        """
+        live = [local(p.detach()) for p in self._params if p.untyped_storage().nbytes()]
+        w = copies(live)
+        try:
+            loss, g = self.run()
+        finally:
+            same = (torch.allclose(p, w_p, 0, 0, True) for p, w_p in zip(live, w, strict=True))
+            if changed := not all(same):
+                copying(live, w)()
+        if changed:
+            raise RuntimeError(
+                "The harmful pass changed weights: some optimizer or hook steps within the "
+                "backward pass, and would train the model towards harm. Use one that steps in "
+                "step()."
+            )
+        strangers = [] if self._module is not None else self._strangers()
+        if strangers:
+            shapes = ", ".join(str(tuple(x.shape)) for x in strangers[:3])
+            warnings.warn(
+                f"The harmful pass left gradients on {len(strangers)} tensors that this optimizer "
+                f"does not hold (of shapes {shapes}). An optimizer that holds them would train "
+                "them towards harm. Pass BoosterOptimizer(..., module=model), which puts their "
+                "gradients back, or freeze them.",
+                stacklevel=6,
+            )
+        if self._accumulates:
+            length = _length(g)
+            _, left = self.run_against(g)  # ∇h(w) − ∇h(w)
+            if _length(left) > 0.5 * length:
+                raise RuntimeError(_NOT_ACCUMULATED)
+        return loss
+
+    def run(self) -> tuple[Tensor, Grads]:
+        """Runs the closure where the weights are.
+
+        Returns:
+            The loss, and its gradients as copies, None for parameters that it does not reach.
+        """
+        loss = self._call([None] * len(self._params))
+        grads = self._made()
+        if not self._accumulates:  # else the next pass goes on top of them
+            grads = filled(grads, copies([x for x in grads if x is not None]))
+        return loss, grads
+
+    def run_against(
+        self, g: Grads, context: Callable[[], AbstractContextManager[Any]] | None = None
+    ) -> tuple[Tensor, Grads]:
+        """Runs the closure again, elsewhere, on the randomness and the buffers of the first pass.
+
+        Args:
+            g: Gradients of the first pass, which become the difference.
+            context: Around the pass, such as DDP's `no_sync`.
+
+        Returns:
+            The loss here, and g − its gradients, None for parameters that neither pass reached.
+        """
+        if self._accumulates:
+            _negate(g)  # the closure adds ∇h(w′) to −∇h(w)
+        with (context or nullcontext)():
+            loss = self._call(g if self._accumulates else [None] * len(g))
+        made = self._made()
+        if self._accumulates:
+            return loss, _negate(made)
+        pairs = [(x, q) for x, q in zip(g, made, strict=True) if x is not None and q is not None]
+        subtract_([local(x) for x, _ in pairs], [local(q) for _, q in pairs])
+        alone = [q if x is None else None for x, q in zip(g, made, strict=True)]
+        minus = _negate(filled(alone, copies([q for q in alone if q is not None])))
+        return loss, [m if x is None else x for x, m in zip(g, minus, strict=True)]
+
+    def _call(self, grads: Grads) -> Tensor:
+        """Runs the closure on these gradients and on what the first pass found of all else."""
+        for param, grad in zip_longest(self._held, grads):
+            param.grad = grad
+        if self._rng is not None:
+            self._rng.restore()
+        self._buffers.restore()
+        # The cache would serve casts of the weights as they were before the last change.
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            loss = self._closure()
+        self._returned: Any = loss
+        insist_on_gradients("harmful_closure", self._params)
+        if not isinstance(loss, Tensor):
+            if isinstance(loss, bool) or not isinstance(loss, Real):
+                raise TypeError(
+                    f"harmful_closure must return its loss, got {shown(loss)}. End it with "
+                    "`return loss`."
+                )
+            return torch.tensor(as_float(loss))
+        if loss.numel() != 1 or loss.is_complex() or loss.dtype is torch.bool:
+            raise ValueError(
+                f"harmful_closure must return a real scalar loss, got a tensor of shape "
+                f"{tuple(loss.shape)} and {loss.dtype}. Return loss.mean() or loss.sum()."
+            )
+        return loss.detach().clone().reshape(())
+
+    def _strangers(self) -> list[Tensor]:
+        ours = {*self._params}
+        found = [x for x in _leaves(self._returned) if x not in ours and x.grad is not None]
+        # Activations that require a gradient, as under PEFT, are leaves too, of one pass.
+        return [x for x in found if isinstance(x, nn.Parameter)]
+
+    def _made(self) -> Grads:
+        return [None if p.grad is None else placed_like(p.grad, p) for p in self._params]
+
+
+_NOT_ACCUMULATED = (
+    "harmful_closure zeroed .grad, though accumulates=True promises that it only adds "
+    "to it. Zero no gradients in it, or leave accumulates=False."
+)
+
+
+def _negate(grads: Grads) -> Grads:
+    present = [local(g) for g in grads if g is not None]
+    scale_(present, [-1.0] * len(present))
+    return grads
+
+
+def _length(grads: Grads) -> float:
+    parts = [x.item() for x in norms([local(g) for g in grads if g is not None])]
+    return math.hypot(*parts)
+
+
+class Waiting:
+    """The regulariser that waits in `.grad`, watched at one parameter until a gradient joins it.
+
+    Args:
+        params: Parameters whose `.grad` holds it; none, where λ is zero for all that h reaches.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.lost = False
+        self._param = next((p for p in params if p.grad is not None), None)
+        if self._param is not None:
+            self._grad: Any = weakref.ref(self._param.grad)  # pyright: ignore[reportArgumentType]
+            self._hook = self._param.register_post_accumulate_grad_hook(self._joined)
+
+    def _joined(self, param: Tensor) -> None:
+        """Autograd adds to a gradient in place: another tensor means that this one was dropped."""
+        if self._grad is not None:
+            self.lost = param.grad is not self._grad()
+            self._grad = None
+
+    def is_there(self) -> bool:
+        """Whether `.grad` still holds it, as far as one parameter tells."""
+        return not self.lost and self._param is not None and self._param.grad is not None
+
+    def end(self) -> None:
+        """Stops watching."""
+        if self._param is not None:
+            self._hook.remove()
+
+    def anew(self) -> Waiting:
+        """Watches what is in `.grad` by now."""
+        self.end()
+        return Waiting([] if self._param is None else [self._param])
+
+
+def add_scaled(params: Sequence[Tensor], grads: Grads, factors: Sequence[float]) -> list[Tensor]:
+    """Adds gradients, times a number each, to `.grad`; where the number is 0, nothing.
+
+    Args:
+        params: The parameters.
+        grads: What to add, aligned with `params`; scaled in place and, where a parameter has no
+            `.grad`, put there.
+        factors: One finite number for each.
 
     Returns:
-        What the closure returned.
-
-    Raises:
-        RuntimeError: No parameter received a gradient, or a gradient is sparse.
+        The parameters that got something.
     """
-    before = [_state(p) for p in params]
-    with torch.enable_grad():
-        loss = closure()
-    _insist_on_gradients(name, params, any(map(_changed_since, params, before)))
-    return loss
+    rows = [
+        (p, d, factor)
+        for p, d, factor in zip(params, grads, factors, strict=True)
+        if d is not None and factor
+    ]
+    scale_([local(d) for _, d, _ in rows], [factor for *_, factor in rows])
+    onto = [(p, d) for p, d, _ in rows if p.grad is not None]
+    for p, d, _ in rows:
+        p.grad = d if p.grad is None else placed_like(p.grad, p)
+    add_([local(p.grad) for p, _ in onto if p.grad is not None], [local(d) for _, d in onto])
+    return [p for p, *_ in rows]
+
+
+@contextmanager
+def set_aside(params: Sequence[Tensor]) -> Generator[Sequence[Tensor]]:
+    """Context of an empty `.grad`, to which what was there before is added at the end."""
+    grads = [p.grad for p in params]
+    with torch.no_grad():
+        # Copies: data parallelism may keep the tensors themselves, and write to them.
+        kept = filled(grads, copies([x for x in grads if x is not None]))
+    for param in params:
+        param.grad = None
+    try:
+        yield params
+    finally:
+        with torch.no_grad():
+            add_scaled(params, kept, [1.0] * len(params))
+
+
+def insist_on_gradients(name: str, params: Sequence[Tensor]) -> None:
+    """Raises where a closure made no gradient, or one that is sparse."""
+    _refuse_sparse(name, params)
+    if all(p.grad is None for p in params):
+        raise RuntimeError(
+            f"{name} made no gradients: no parameter of the optimizer has a .grad. Call "
+            "loss.backward() in the closure, on a loss that depends on these parameters, and let "
+            "FSDP2 reduce: not under set_requires_gradient_sync(False)."
+        )
+
+
+def _leaves(loss: Any) -> Iterator[Tensor]:
+    """The leaf tensors that a loss was computed from, as far as its graph is at hand."""
+    nodes: list[Any] = [getattr(loss, "grad_fn", None)]
+    seen: set[Any] = {None}
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if isinstance(getattr(node, "variable", None), Tensor):
+                yield node.variable
 
 
 def _refuse_sparse(name: str, params: Sequence[Tensor]) -> None:
@@ -62,365 +326,65 @@ def _refuse_sparse(name: str, params: Sequence[Tensor]) -> None:
             )
 
 
-def _insist_on_gradients(name: str, params: Sequence[Tensor], made: bool) -> None:
-    _refuse_sparse(name, params)
-    if not made:
-        raise RuntimeError(
-            f"{name} made no gradients: no parameter of the optimizer has a new .grad. Call "
-            "loss.backward() in the closure, on a loss that depends on these parameters, and let "
-            "FSDP2 reduce: not under set_requires_gradient_sync(False)."
-        )
-
-
-def summed(
-    into: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    params: Sequence[Tensor],
-    factors: Sequence[float] | None = None,
-) -> list[Tensor | None]:
-    """Adds gradients, times a number each, to gradients in place, None counting as zero.
-
-    Args:
-        into: Gradients to add to, aligned with `params` and placed as they are.
-        grads: Gradients to add, aligned with `params`.
-        params: The parameters they belong to.
-        factors: One finite number for each; 1 if absent.
-
-    Returns:
-        For each parameter the tensor of `into`, or of `grads`, scaled, where `into` has none.
-    """
-    times = factors or [1.0] * len(params)
-    both: list[tuple[Tensor, Tensor, float]] = []
-    alone: list[tuple[Tensor, float]] = []
-    for a, b, p, factor in zip(into, grads, params, times, strict=True):
-        if a is not None and b is not None:
-            both.append((local(a), local(placed_like(b, p)), factor))
-        elif b is not None:
-            alone.append((local(b), factor))
-    add_([a for a, _, _ in both], [b for _, b, _ in both], [factor for *_, factor in both])
-    if factors is not None:
-        scale_([b for b, _ in alone], [factor for _, factor in alone])
-    return [b if a is None else a for a, b in zip(into, grads, strict=True)]
-
-
-class GradWatch:
-    """Watches a closure: does anything but autograd's accumulation change `.grad`?
-
-    Autograd bumps a gradient's version once for each accumulation and keeps the tensor. Any other
-    writer (`zero_grad` of either kind, clipping, data parallelism) shows up as another tensor or
-    as an extra version.
-
-    Args:
-        params: Leaf tensors that require gradients, each with a dense `.grad`.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = params
-        self._index = {id(p): index for index, p in enumerate(params)}
-
-    def __enter__(self) -> GradWatch:
-        self.start()
-        self._hooks: list[Any] = []
-        note = self._note
-        try:
-            for p in self._params:
-                self._hooks.append(p.register_post_accumulate_grad_hook(note))
-        except BaseException:
-            self._unhook()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._unhook()
-        self.stop()
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def start(self) -> None:
-        """Begins anew: what was seen before is forgotten."""
-        self._last = [_state(p) for p in self._params]  # after the last accumulation
-        self._accumulated: set[int] = set()
-        self._disturbed: set[int] = set()
-        self._changed: set[int] = set()
-        self.zeroed: set[int] = set()  # indices whose .grad was gone when the first gradient came
-
-    def stop(self) -> None:
-        """Looks for what became of the gradients after the last accumulation."""
-        self._changed = {
-            index
-            for index, (param, last) in enumerate(zip(self._params, self._last, strict=True))
-            if _changed_since(param, last)
-        }
-
-    def _note(self, param: Tensor) -> None:
-        """Runs after each accumulation of autograd into one parameter's gradient."""
-        index = self._index[id(param)]
-        last_grad, last_changes = self._last[index]
-        self._last[index] = grad, changes = _state(param)
-        if grad is not last_grad or changes != last_changes + 1:
-            (self._disturbed if index in self._accumulated else self.zeroed).add(index)
-        self._accumulated.add(index)
-
-    def _edited(self) -> bool:
-        return bool(self._disturbed or self._changed & self._accumulated)
-
-    def touched(self) -> bool:
-        """Whether any gradient is new or has changed."""
-        return bool(self._accumulated or self._changed)
-
-    def only_accumulated(self) -> bool:
-        """Whether every `.grad` is the tensor it was, changed by accumulation alone."""
-        return not (self._changed or self._disturbed or self.zeroed)
-
-    def left_as_accumulated(self) -> bool:
-        """Whether gradients are as autograd made them: nobody has averaged them, for one."""
-        return bool(self._accumulated) and not self._edited()
-
-    def dropped(self) -> set[int]:
-        """Indices whose earlier gradient the closure zeroed, whether it then made one or not."""
-        if not self.zeroed:
-            return set()
-        made = self.reached()
-        gone = {i for i, p in enumerate(self._params) if p.grad is None or not made[i]}
-        return self.zeroed | (self._changed & gone)
-
-    def reached(self) -> list[bool]:
-        """Which parameters the closure gave a gradient.
-
-        A closure may write gradients by hand, so a changed `.grad` counts, unless the closure
-        also edits what autograd accumulates: then it is `zero_grad` or the like passing over a
-        parameter that the loss does not depend on. Another tensor in its place counts even then,
-        unless data parallelism may have put it there.
-        """
-        edits = bool(self.zeroed) or self._edited()
-        return [
-            index in self._accumulated
-            or (not edits and index in self._changed)
-            or (p.grad is not self._last[index][0] and not several_processes())
-            for index, p in enumerate(self._params)
-        ]
-
-
-class HarmfulPasses:
-    """∇h at w and again at w′ ("regrad"), through one closure, with as little memory as it allows.
-
-    Where the closure only accumulates, −∇h(w) stays in `.grad` and the second pass adds ∇h(w′) to
-    it. Where it zeroes or edits `.grad`, −∇h(w) waits in a copy. Gradients that were there before
-    are set aside and come back on exit.
-
-    Args:
-        closure: The harmful closure.
-        params: The trainable parameters.
-        replay_rng: Give the second pass the random state of the first (equal dropout masks).
-        module: Module whose buffers both passes must find, and leave, as they are.
-        no_sync: Context of the second pass.
-        independent_ranks: Gradients of the first pass may differ from rank to rank.
-        forget_zeroed: Gradients set aside are dropped where the closure zeroes them.
-    """
-
-    def __init__(
-        self,
-        closure: Closure,
-        params: Sequence[Tensor],
-        replay_rng: bool,
-        module: nn.Module | None,
-        no_sync: Callable[[], AbstractContextManager[Any]],
-        independent_ranks: bool,
-        forget_zeroed: bool,
-    ) -> None:
-        self._closure = closure
-        self._params = params
-        self._no_sync = no_sync
-        self._independent = independent_ranks
-        self._forget_zeroed = forget_zeroed
-        self._rng = _RandomState() if replay_rng else None
-        self._buffers = _Buffers(module)
-        self._kept: list[Tensor | None] = [None] * len(params)
-        self._accumulates = False
-        self._negative: list[Tensor | None] = []
-        self._watched = ExitStack()
-        self._watch: GradWatch | None = None
-
-    def __enter__(self) -> HarmfulPasses:
-        _refuse_sparse("the loop", self._params)
-        present = [p.grad for p in self._params if p.grad is not None]
-        kept = iter(copies(present))
-        self._kept = [None if p.grad is None else next(kept) for p in self._params]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._unwatch()
-        for param, kept in zip(self._params, self._kept, strict=True):
-            param.grad = kept
-        self._buffers.restore()
-        torch.clear_autocast_cache()
-
-    def first(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Runs the closure at w.
-
-        Returns:
-            h(w), and −∇h(w) with None for parameters that the closure does not reach.
-        """
-        for param, zero in zip(self._params, zeros(self._params), strict=True):
-            param.grad = zero  # something that zero_grad would have to touch
-        watch = self._watched.enter_context(GradWatch(self._params))
-        loss = self._run()
-        watch.stop()
-        _insist_on_gradients("harmful_closure", self._params, watch.touched())
-        self._accumulates = watch.only_accumulated()
-        if (
-            watch.left_as_accumulated()
-            and gradients_stay_local(self._params)
-            and not self._independent
-        ):
-            raise RuntimeError(
-                "The first harmful pass left each rank with gradients of its own, so that each "
-                "would perturb in a direction of its own. Run it where gradients are averaged: "
-                "through the DistributedDataParallel module and outside no_sync(). Where ranks "
-                "train models of their own, pass independent_ranks=True."
-            )
-        if self._forget_zeroed:
-            for index in watch.dropped():
-                self._kept[index] = None
-        grads = [p.grad if r else None for p, r in zip(self._params, watch.reached(), strict=True)]
-        self._watch = watch
-        if not self._accumulates:
-            self._unwatch()  # and so let go of the zeros, where the closure has dropped them
-            del watch
-            pairs = zip(grads, self._params, strict=True)
-            placed = [None if g is None else placed_like(g, p) for g, p in pairs]
-            copied = iter(copies([g for g in placed if g is not None]))
-            grads = [None if g is None else next(copied) for g in placed]
-            self._clear()
-        negate_([local(g) for g in grads if g is not None])
-        self._negative = grads
-        return loss, grads
-
-    def second(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Runs the closure again, at w′, on the randomness and the buffers of the first pass.
-
-        Returns:
-            h(w′), and ∇h(w′) − ∇h(w) with None for parameters that neither pass reached. The
-            tensors are no longer any parameter's `.grad`.
-        """
-        if self._rng is not None:
-            self._rng.restore()
-        self._buffers.restore()
-        with self._no_sync():
-            return self._second_onto_first() if self._accumulates else self._second_beside_first()
-
-    def _second_beside_first(self) -> tuple[Tensor, list[Tensor | None]]:
-        loss = self._run()
-        made = any(p.grad is not None for p in self._params)
-        _insist_on_gradients("harmful_closure", self._params, made)
-        grads = [
-            p.grad.clone() if negative is None and p.grad is not None else p.grad
-            for negative, p in zip(self._negative, self._params, strict=True)
-        ]
-        return loss, summed(self._negative, grads, self._params)
-
-    def _second_onto_first(self) -> tuple[Tensor, list[Tensor | None]]:
-        assert self._watch is not None
-        watch = self._watch
-        watch.start()
-        loss = self._run()
-        watch.stop()
-        _insist_on_gradients("harmful_closure", self._params, watch.touched())
-        if not watch.only_accumulated():
-            raise RuntimeError(
-                "harmful_closure zeroed or edited .grad on its second call, though it only "
-                "accumulated on its first. Both calls must do the same: the second one evaluates "
-                "the same loss on the same batch at the perturbed weights."
-            )
-        difference = [
-            p.grad if negative is not None or reached else None
-            for negative, p, reached in zip(
-                self._negative, self._params, watch.reached(), strict=True
-            )
-        ]
-        self._clear()
-        return loss, difference
-
-    def _run(self) -> Tensor:
-        # The cache would serve casts of the weights as they were before the last change.
-        torch.clear_autocast_cache()
-        with undivided(), torch.enable_grad():
-            loss = self._closure()
-        if not isinstance(loss, Tensor):
-            return _loss_from_number(loss)
-        if loss.dtype is torch.bool:
-            raise TypeError("harmful_closure must return its loss, got a tensor of truth values.")
-        if loss.numel() != 1:
-            raise ValueError(
-                f"harmful_closure must return a scalar loss, got a tensor of shape "
-                f"{tuple(loss.shape)}. Return loss.mean() or loss.sum()."
-            )
-        return loss.detach().clone().reshape(())
-
-    def _unwatch(self) -> None:
-        self._watched.close()
-        self._watch = None
-
-    def _clear(self) -> None:
-        for param in self._params:
-            param.grad = None
-
-
 class _RandomState:
-    """Random state of the CPU and of every device of the accelerator in use."""
+    """State of every global generator: torch's on all devices, numpy's and Python's."""
 
     def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._numpy: Any = sys.modules.get("numpy")  # where nobody has imported it, none draws
+        if self._numpy is not None:
+            self._drawn = self._numpy.random.get_state()
         self._module: Any = None
         if torch.accelerator.is_available():
             self._module = torch.get_device_module()
-            if hasattr(self._module, "get_rng_state_all"):
-                self._devices = self._module.get_rng_state_all()
-            else:
-                self._devices = self._module.get_rng_state()
+            many = hasattr(self._module, "get_rng_state_all")
+            self._devices = self._module.get_rng_state_all() if many else None
+            self._device = None if many else self._module.get_rng_state()
 
     def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._module is not None:
-            if hasattr(self._module, "set_rng_state_all"):
-                self._module.set_rng_state_all(self._devices)
-            else:
-                self._module.set_rng_state(self._devices)
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            self._numpy.random.set_state(self._drawn)
+        if self._module is not None and self._devices is not None:
+            self._module.set_rng_state_all(self._devices)
+        elif self._module is not None:
+            self._module.set_rng_state(self._device)
 
 
 class _Buffers:
-    """Values of a module's buffers, such as BatchNorm's running statistics."""
+    """A module's buffers, and the plain values beside them that say what is in them.
+
+    A rotary embedding, for one, remembers in an int for what length its frequencies were made.
+    """
 
     def __init__(self, module: nn.Module | None) -> None:
         self._saved = [
-            (owner._buffers, name, buffer, buffer.clone())
+            (
+                owner,
+                {name: (b, None if b is None else b.clone()) for name, b in owner._buffers.items()},
+                {
+                    name: value
+                    for name, value in vars(owner).items()
+                    if isinstance(value, _PLAIN_VALUES) and name != "training"
+                },
+            )
             for owner in (module.modules() if module is not None else ())
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
+            if owner._buffers
         ]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for owner, name, buffer, value in self._saved:
-            buffer.copy_(value)
-            owner[name] = buffer
+        for owner, buffers, beside in self._saved:
+            for buffer, value in buffers.values():
+                if buffer is not None and value is not None:
+                    if buffer.shape != value.shape:  # an observer's, which grew with the batch
+                        buffer.resize_(value.shape)
+                    buffer.copy_(value)
+            owner._buffers.clear()
+            owner._buffers.update({name: buffer for name, (buffer, _) in buffers.items()})
+            vars(owner).update(beside)
 
 
-def _changed_since(param: Tensor, state: tuple[Tensor | None, int]) -> bool:
-    grad, changes = state
-    return param.grad is not grad or (grad is not None and version(grad) != changes)
-
-
-def _state(param: Tensor) -> tuple[Tensor | None, int]:
-    grad = param.grad
-    return grad, -1 if grad is None else version(grad)
-
-
-def _loss_from_number(loss: Any) -> Tensor:
-    if isinstance(loss, bool) or not isinstance(loss, Real):
-        raise TypeError(
-            f"harmful_closure must return its loss, got {loss!r}. End it with `return loss`."
-        )
-    return torch.tensor(as_float(loss))
+_PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)

@@ -10,18 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_booster.functional import copying, root_sum_square, zero_
+from torch_booster.functional import copying
 
-__all__ = [
-    "copies",
-    "global_norm",
-    "gradients_stay_local",
-    "local",
-    "placed_like",
-    "several_processes",
-    "version",
-    "zeros",
-]
+__all__ = ["copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
 
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -31,31 +22,12 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's dense, real view of a tensor: the shard of a DTensor, re and im of a complex one.
 
     A plain real tensor is its own view; write to it under `no_grad`.
-
-    Args:
-        tensor: Parameter or gradient of any kind.
-
-    Returns:
-        A plain tensor on the same storage.
     """
-    if _is_plain(tensor):
-        return tensor if not tensor.is_complex() else torch.view_as_real(tensor.detach())
-    if _is_dtensor(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def zeros(like: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros of the shape, dtype and placement of each tensor.
-
-    Example:
-        >>> zeros([torch.ones(2)])
-        [tensor([0., 0.])]
-    """
-    made = [torch.empty_like(t, requires_grad=False) for t in like]
-    zero_([local(m) for m in made])
-    return made
+    if not _is_plain(tensor):
+        if _is_dtensor(tensor):
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
+        tensor = tensor.detach()
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -71,95 +43,82 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
-    """A gradient with the placements of its parameter.
+    """A gradient with the placements of its parameter; itself, where nothing has to move.
 
     Autograd may leave a partial sum in the `.grad` of a replicated DTensor; its local tensor is
     no gradient yet.
-
-    Args:
-        grad: Gradient of `param`.
-        param: Plain tensor or DTensor.
-
-    Returns:
-        `grad` itself, where nothing has to move.
     """
     if _is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return grad
 
 
-def version(grad: Tensor) -> int:
-    """Counts in-place changes of a gradient, those of a DTensor's local tensor included.
-
-    Args:
-        grad: Gradient of any kind.
-
-    Returns:
-        A number that grows by at least one with each change.
-    """
-    if not _is_plain(grad) and _is_dtensor(grad):
-        return grad._version + grad.to_local()._version  # type: ignore[attr-defined]
-    return grad._version
-
-
-def gradients_stay_local(params: Sequence[Tensor]) -> bool:
-    """Whether gradients that nothing but autograd has written are one rank's alone.
-
-    True in a run of several processes on plain parameters: data parallelism writes the averaged
-    gradient back, which is more than an accumulation. DTensors are reduced within backward.
-
-    Args:
-        params: The trainable parameters.
-    """
-    return several_processes() and not any(_is_dtensor(p) for p in params)
-
-
-def several_processes() -> bool:
-    """Whether this is one rank of several in torch.distributed."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return distributed.get_world_size() > 1
-
-
-def global_norm(
-    norms: Sequence[Tensor], params: Sequence[Tensor], module: nn.Module | None = None
+def tensor_norms(
+    norms: Sequence[Tensor | None], params: Sequence[Tensor], module: nn.Module | None = None
 ) -> Tensor:
-    """One L2 norm over all tensors on all ranks, from the norm of each local tensor.
+    """The L2 norm of each whole tensor, from the norms of its shards on all ranks.
 
-    Norms of shards are summed, √(Σ‖shard‖²), over the process groups that shard the parameter,
-    once for each kind of sharding, so that plain, replicated and sharded parameters mix.
+    Squares are summed over the process groups that shard a parameter, those of all parameters
+    sharded alike in one collective, so that plain, replicated and sharded parameters mix.
 
     Args:
-        norms: 0-dimensional tensors, the norm of each local tensor. May be empty.
-        params: The parameters they belong to: plain tensors, DTensors or FSDP1's flat shards.
+        norms: 0-dimensional tensors on any devices, the norm of each local tensor, or None where
+            this rank has nothing of it.
+        params: The parameters they belong to, the same on every rank: plain tensors, DTensors or
+            FSDP1's flat shards.
         module: The FullyShardedDataParallel module, which FSDP1's shards need.
 
     Returns:
-        A 0-dimensional tensor, equal on every rank.
+        A tensor of shape (tensors,) in the widest dtype present, equal on every rank.
 
     Raises:
         RuntimeError: `params` holds shards of FSDP1 that are not found in `module`.
 
     Example:
-        >>> global_norm([torch.tensor(3.0), torch.tensor(4.0)], [torch.ones(1), torch.ones(2)])
-        tensor(5.)
+        >>> tensor_norms([torch.tensor(3.0), torch.tensor(4.0)], [torch.ones(1), torch.ones(2)])
+        tensor([3., 4.])
     """
     flat_shards = _flat_shard_groups(params, module)
-    shares: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for norm, param in zip(norms, params, strict=True):
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, param in enumerate(params):
         groups = flat_shards.get(param) if flat_shards else None
-        shares[_mesh_groups(param) if groups is None else groups].append(norm)
-    totals = [_over_ranks(root_sum_square(share), groups) for groups, share in shares.items()]
-    return root_sum_square(totals)
+        alike[_mesh_groups(param) if groups is None else groups].append(i)
+    present = [n for n in norms if n is not None] or [torch.zeros(())]
+    device, dtype = present[0].device, max((n.dtype for n in present), key=lambda d: d.itemsize)
+    zero = torch.zeros((), device=device, dtype=dtype)
+    on_device = [zero if n is None else n.to(device, dtype, non_blocking=True) for n in norms]
+    for groups, indices in alike.items():
+        if groups:
+            squares = torch.stack([on_device[i] for i in indices]).square()
+            for group in groups:
+                torch.distributed.all_reduce(squares, group=group)
+            for i, norm in zip(indices, squares.sqrt().unbind(), strict=True):
+                on_device[i] = norm
+    return torch.stack(on_device)
 
 
-def _over_ranks(norm: Tensor, groups: Sequence[Any]) -> Tensor:
-    for group in groups:
-        square = norm.square()
-        torch.distributed.all_reduce(square, group=group)
-        norm = square.sqrt()
-    return norm
+def refuse_unequal(norm: Tensor) -> None:
+    """Raises where ranks would perturb differently; waits for the device and for all ranks.
+
+    Args:
+        norm: ‖∇h(w)‖ as this rank has it.
+
+    Raises:
+        RuntimeError: It is not the same on all ranks of the default process group.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    ends = torch.stack([norm, -norm])
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    most, least = ends[0].item(), -ends[1].item()
+    if most - least > 1e-3 * most:
+        raise RuntimeError(
+            "The first harmful pass left each rank with gradients of its own, so that each would "
+            f"perturb in a direction of its own: ‖∇h(w)‖ is {least:.4g} on one rank and {most:.4g} "
+            "on another. Run it where gradients are averaged: through the DistributedDataParallel "
+            "module and outside no_sync(). Where ranks train models of their own, pass "
+            "independent_ranks=True."
+        )
 
 
 def _mesh_groups(param: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Multi-tensor arithmetic of the Booster step: perturb, restore, measure.
+"""Multi-tensor arithmetic of the Booster step: how far to go, perturb, restore, measure.
 
 Everything works in place on plain (local) tensors, keeps the storage of the weights, takes scales
 as tensors on the device, and so never waits for an accelerator. Mixed devices and dtypes are
@@ -7,8 +7,7 @@ sorted into multi-tensor calls of one kind.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,38 +17,45 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 __all__ = [
     "add_",
-    "as_float",
     "copying",
+    "entries",
+    "filled",
+    "lam_at",
     "moved_fraction",
-    "negate_",
     "norms",
     "perturb_",
-    "root_sum_square",
     "scale_",
-    "zero_",
+    "step_sizes",
+    "subtract_",
 ]
 
 
-def zero_(tensors: Sequence[Tensor]) -> None:
-    """Sets each tensor to zero."""
-    for _, (alike,) in _alike(tensors):
-        torch._foreach_zero_(alike)
+def lam_at(
+    step: int, lam: float, warmup_steps: int = 0, delay_steps: int = 0, every: int = 1
+) -> float:
+    """λ in force at step t: k·λ·min(1, (t − D)/T) where k divides t and t ≥ D, else 0.
 
+    Args:
+        step: t ≥ 0, optimizer steps taken before.
+        lam: λ ≥ 0.
+        warmup_steps: T ≥ 0; 0 is the whole λ from step D on.
+        delay_steps: D ≥ 0.
+        every: k ≥ 1; the regulariser comes at every k-th step, k times as heavy.
 
-def negate_(tensors: Sequence[Tensor]) -> None:
-    """Changes the sign of each tensor."""
-    for _, (alike,) in _alike(tensors):
-        torch._foreach_neg_(alike)
+    Example:
+        >>> [lam_at(t, 5.0, warmup_steps=4) for t in range(6)]
+        [0.0, 1.25, 2.5, 3.75, 5.0, 5.0]
+        >>> [lam_at(t, 5.0, delay_steps=3, every=2) for t in range(6)]
+        [0.0, 0.0, 0.0, 0.0, 10.0, 0.0]
+    """
+    after = step - delay_steps
+    if step % every or after < 0:
+        return 0.0
+    return every * lam * (min(1.0, after / warmup_steps) if warmup_steps else 1.0)
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """L2 norm of each tensor, accumulated in float32, or in float64 for float64 tensors.
-
-    Args:
-        tensors: Dense real tensors of any shape, floating dtype and device.
-
-    Returns:
-        One 0-dimensional tensor for each input, on its device.
 
     Example:
         >>> norms([torch.ones(4, dtype=torch.bfloat16), torch.zeros(0)])
@@ -62,89 +68,81 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
-def root_sum_square(values: Sequence[Tensor]) -> Tensor:
-    """Combines norms into one, √(Σ vᵢ²), on the device of the first.
+def step_sizes(lengths: Tensor, alphas: Sequence[float], norm: str, eps: float) -> Tensor:
+    """sᵢ of the simulated step w′ᵢ = wᵢ − sᵢ·gᵢ, whose length is α in either norm.
+
+    With one norm over all tensors sᵢ = α/(‖g‖ + ε). With a norm for each of the n tensors whose
+    gradient is not zero sᵢ = α/(√n·(‖gᵢ‖ + ε)).
 
     Args:
-        values: 0-dimensional real tensors on any devices. May be empty.
+        lengths: ‖gᵢ‖ of the whole tensors, of shape (tensors,).
+        alphas: α of each tensor.
+        norm: "global" or "tensor".
+        eps: ε ≥ 0. Where a norm is zero the step is, whatever ε.
 
     Returns:
-        A 0-dimensional tensor in the widest dtype present.
+        One number for each tensor, or a 0-dimensional one where it is the same for all.
 
     Example:
-        >>> root_sum_square([torch.tensor(3.0), torch.tensor(4.0)])
-        tensor(5.)
+        >>> lengths = torch.tensor([3.0, 4.0])
+        >>> step_sizes(lengths, [0.5, 0.5], "global", 0.0)
+        tensor(0.1000)
+        >>> step_sizes(lengths, [0.5, 0.5], "tensor", 0.0) * lengths * 2**0.5
+        tensor([0.5000, 0.5000])
+
+    Source: Huang et al., ICLR 2025, Algorithm 1, for the first; the second is not from the paper.
     """
-    if not values:
-        return torch.zeros(())
-    stacked = [torch.stack(alike) for _, (alike,) in _alike(values)]
-    widest = max((v.dtype for v in stacked), key=lambda dtype: dtype.itemsize)
-    gathered = [v.to(values[0].device, widest, non_blocking=True) for v in stacked]
-    return torch.linalg.vector_norm(torch.cat(gathered))
+    length, share = torch.linalg.vector_norm(lengths), 1.0
+    if norm == "tensor":
+        length, share = lengths, lengths.count_nonzero().to(lengths.dtype).sqrt()
+    of = {a: torch.where(length > 0, a / (share * (length + eps)), 0.0) for a in {*alphas}}
+    if len(of) == 1:
+        return of.popitem()[1]
+    whole = {a: s.expand_as(lengths).unbind() for a, s in of.items()}
+    return torch.stack([whole[a][i] for i, a in enumerate(alphas)])
 
 
 def perturb_(
-    params: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    lengths: Sequence[Tensor],
-    alphas: Sequence[float],
-    norm: Tensor,
-    eps: float,
-) -> list[Tensor]:
-    """Moves the live weights to w′ = w − α·∇h(w)/(‖∇h(w)‖ + ε).
+    params: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor], sizes: Tensor
+) -> list[Tensor] | None:
+    """Moves the live weights to w′ᵢ = wᵢ − sᵢ·gᵢ.
 
-    No temporary of the size of the weights is made: off the CPU the live weights themselves hold
-    the product until the unperturbed ones are added. Weights narrower than 32 bits are computed in
+    No temporary of the size of the weights is made. Weights narrower than 32 bits are computed in
     float32, one tensor at a time, and rounded once.
 
     Args:
         params: Live weights, at w.
         weights: Copies of w, aligned with `params`.
-        direction: −∇h(w), aligned with `params`.
-        lengths: The norm of each tensor of `direction`.
-        alphas: α of each tensor.
-        norm: ‖∇h(w)‖ over *all* trainable parameters, 0-dimensional, on any device.
-        eps: ε ≥ 0. A zero norm leaves the weights where they are, whatever ε.
+        grads: Gradients, aligned with `params`.
+        sizes: One number for each, or one for all.
 
     Returns:
-        The norm of w′ − w of each tensor: as it came out after rounding where the weights are
-        narrower than 32 bits, as it was meant where they are not.
+        The norm of each w′ᵢ − wᵢ as it came out, where rounding may have eaten it; else None.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0])
-        >>> minus_g, n = -torch.tensor([3.0, 4.0]), torch.tensor(5.0)
-        >>> perturb_([w], [w.clone()], [minus_g], [n], [0.5], n, eps=0.0)
-        [tensor(0.5000)]
+        >>> perturb_([w], [w.clone()], [torch.tensor([3.0, 4.0])], torch.tensor(0.1))
         >>> w
         tensor([0.7000, 1.6000])
-
-    Source: Huang et al., ICLR 2025, Algorithm 1.
     """
-    reached = list(lengths)
-    for indices, (live, w, towards) in _alike(params, weights, direction, by=alphas):
-        n = norm.to(live[0].device, non_blocking=True)
-        scale = torch.where(n > 0, alphas[indices[0]] / (n + eps), 0.0)
-        if live[0].dtype.itemsize < 4:
-            together = zip(live, w, towards, strict=True)
-            _put(reached, indices, [_perturb_narrow_(*tensors, scale) for tensors in together])
-            continue
-        scale = scale.to(live[0].dtype)
-        if live[0].device.type == "cpu":  # one sweep; elsewhere it would be a launch per tensor
-            torch._foreach_addcmul_(live, towards, [scale] * len(live))
-        else:
-            torch._foreach_copy_(live, towards)
-            torch._foreach_mul_(live, scale)
+    for indices, (live, w) in _alike(params, weights):
+        narrow = live[0].dtype.itemsize < 4
+        s = sizes.to(live[0].device, torch.float32 if narrow else live[0].dtype, non_blocking=True)
+        parts = s.expand(len(params)).unbind()
+        each = [parts[i] for i in indices]
+        g = [grads[i].to(s.dtype) if grads[i].dtype is not s.dtype else grads[i] for i in indices]
+        if narrow:
+            for p, at, g_i, s_i in zip(live, w, g, each, strict=True):
+                p.copy_(torch.addcmul(at.float(), g_i, s_i, value=-1))
+        elif sizes.ndim or live[0].device.type == "cpu":
+            torch._foreach_addcmul_(live, g, each, -1)
+        else:  # three launches, where the line above would make one for each tensor
+            torch._foreach_copy_(live, g)
+            torch._foreach_mul_(live, -s)
             torch._foreach_add_(live, w)
-        _put(reached, indices, torch._foreach_mul([lengths[i] for i in indices], scale))
-    return reached
-
-
-def _perturb_narrow_(live: Tensor, w: Tensor, towards: Tensor, scale: Tensor) -> Tensor:
-    """The same for one tensor narrower than 32 bits: computed in float32, rounded once."""
-    wide = scale.float().reshape(1)  # having a dimension, it widens the product
-    live.copy_(torch.addcmul(w, towards, wide).view_as(live))
-    return torch.linalg.vector_norm(live.float().sub_(w))
+    if all(p.dtype.itemsize >= 4 for p in params):
+        return None
+    return [torch.linalg.vector_norm(p.float() - w) for p, w in zip(params, weights, strict=True)]
 
 
 def copying(into: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], object]:
@@ -174,32 +172,25 @@ def copying(into: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], ob
 
 
 def scale_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Multiplies each tensor by its own number.
-
-    Args:
-        tensors: Dense tensors of any device and dtype.
-        factors: One finite number for each.
-    """
-    for indices, (alike,) in _alike(tensors, by=factors):
-        torch._foreach_mul_(alike, factors[indices[0]])
+    """Multiplies each tensor by its own finite number."""
+    for indices, (alike,) in _alike(tensors):
+        torch._foreach_mul_(alike, [factors[i] for i in indices])
 
 
-def add_(
-    tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[float] | None = None
-) -> None:
-    """Adds to each tensor its counterpart, times a number of its own.
+def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Adds to each tensor its counterpart of the same shape, device and dtype."""
+    for _, (into, added) in _alike(tensors, others):
+        torch._foreach_add_(into, added)
 
-    Args:
-        tensors: Dense tensors of any device and dtype.
-        others: Tensors of the same shapes, devices and dtypes.
-        factors: One finite number for each; 1 if absent.
-    """
-    for indices, (into, added) in _alike(tensors, others, by=factors):
-        torch._foreach_add_(into, added, alpha=factors[indices[0]] if factors else 1)
+
+def subtract_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Subtracts from each tensor its counterpart of the same shape, device and dtype."""
+    for _, (into, taken) in _alike(tensors, others):
+        torch._foreach_sub_(into, taken)
 
 
 def moved_fraction(
-    params: Sequence[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor]
+    params: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[float, torch.dtype] | None:
     """Share of the weights narrower than 32 bits that a perturbation really moved.
 
@@ -208,49 +199,47 @@ def moved_fraction(
     Args:
         params: Live weights, at w′.
         weights: Copies of w.
-        direction: −∇h(w).
+        grads: ∇h(w).
 
     Returns:
         The share, between 0 and 1, and the dtype; None where there are no such weights.
     """
     moved = wanted = 0
     narrow: torch.dtype | None = None
-    for p, w, towards in zip(params, weights, direction, strict=True):
+    for p, w, g in zip(params, weights, grads, strict=True):
         if p.dtype.itemsize < 4:
             narrow = p.dtype
-            pushed = towards != 0
+            pushed = g != 0
             wanted += int(pushed.sum())
             moved += int(((p != w) & pushed).sum())
     return (moved / wanted, narrow) if narrow is not None and wanted else None
 
 
-def as_float(number: Any) -> float:
-    """The float of a real number, infinite where it lies beyond all of them.
+def filled(pattern: Sequence[object], values: Iterable[Tensor]) -> list[Tensor | None]:
+    """Values in the places where a pattern holds something, None where it holds None.
 
     Example:
-        >>> as_float(-(10**400))
-        -inf
+        >>> filled([1, None, 2], torch.tensor([3.0, 4.0]))
+        [tensor(3.), None, tensor(4.)]
     """
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
+    rest = iter(values)
+    return [None if x is None else next(rest) for x in pattern]
 
 
-def _alike(
-    *lists: Sequence[Tensor], by: Sequence[float] | None = None
-) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
-    """Aligned tensors sorted into those of one device, dtype and number, with their indices."""
-    whole = range(len(lists[0]))
-    if not whole:
-        return
-    numbers = dict.fromkeys(by or [0.0])
-    for number in numbers:
-        chosen = whole if by is None or len(numbers) == 1 else [i for i in whole if by[i] == number]
-        parts = [[tensors[i] for i in chosen] for tensors in lists]
-        sorted_: Any = _group_tensors_by_device_and_dtype(parts, True)  # pyright: ignore[reportArgumentType]
-        for group, indices in sorted_.values():
-            yield [chosen[i] for i in indices], group
+def entries(sizes: Tensor, pattern: Sequence[object]) -> Tensor:
+    """The entries of a vector where a pattern holds something; a scalar is one for all."""
+    if sizes.ndim == 0 or all(x is not None for x in pattern):
+        return sizes
+    each = zip(sizes.unbind(), pattern, strict=True)
+    return torch.stack([size for size, x in each if x is not None])
+
+
+def _alike(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+    """Aligned tensors sorted into those of one device and dtype, with their indices."""
+    if lists[0]:
+        parts: Any = [list(tensors) for tensors in lists]
+        for group, indices in _group_tensors_by_device_and_dtype(parts, True).values():
+            yield list(indices), group  # pyright: ignore[reportReturnType]
 
 
 def _put(into: list[Tensor], indices: Sequence[int], values: Sequence[Tensor]) -> None:

@@ -10,56 +10,112 @@ where the second-order term is passed straight through (Huang et al., ICLR 2025,
 
 from __future__ import annotations
 
-import inspect
-import math
-import sys
+import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_booster.closure import Closure, GradWatch, HarmfulPasses, run, summed
-from torch_booster.distributed import copies, global_norm, local, placed_like
-from torch_booster.engine import (
-    NO_DEEPSPEED,
-    acts_in_backward,
-    behind_stand_in,
-    is_boundary,
-    layers,
-    refuse_unservable,
-    take_both_closures,
+from torch_booster.checks import checked, checked_base, checked_closure, checked_count, layers
+from torch_booster.closure import (
+    Closure,
+    Grads,
+    HarmfulPasses,
+    Waiting,
+    add_scaled,
+    insist_on_gradients,
+    set_aside,
 )
-from torch_booster.functional import as_float, copying, moved_fraction, norms, perturb_
+from torch_booster.diagnostics import Diagnostics, alarms, smoothed, warn_of_passes
+from torch_booster.distributed import copies, local, refuse_unequal, tensor_norms
+from torch_booster.functional import (
+    copying,
+    entries,
+    filled,
+    lam_at,
+    moved_fraction,
+    norms,
+    perturb_,
+    step_sizes,
+)
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
 
 # Keys in the param groups. The base's own names stay free: RMSprop and ASGD own `alpha`.
 LAM = "booster_lam"
 ALPHA = "booster_alpha"
+STEP = "booster_step"
 
 
-class Diagnostics(NamedTuple):
-    """What one regulariser saw: 0-dimensional, detached tensors on the device.
+@dataclass
+class _Now:
+    """What changes from step to step, in one object that stand-ins of the optimizer share."""
 
-    Reading one with `.item()` waits for the device; the step itself never does.
-    """
+    waiting: Waiting | None = None  # the regulariser that is in .grad and has not been stepped on
+    diagnostics: Diagnostics | None = None
+    start: Tensor | None = None  # harmful loss of the regulariser at the run's first steps
+    ratio: Tensor | None = None  # running mean of drop_ratio, of which outliers are cut
+    checked: bool = False
+    prepared: bool = False  # by Accelerate
+    told: set[str] = field(default_factory=set[str])  # warnings that have been given
 
-    harmful_loss: Tensor  # h(w)
-    perturbed_harmful_loss: Tensor  # h(w′)
-    harmful_loss_drop: Tensor  # h(w) − h(w′), the quantity that is being regularised
-    harmful_grad_norm: Tensor  # ‖∇h(w)‖ over all trainable parameters
-    perturbation_norm: Tensor  # ‖w′ − w‖, measured in weights narrower than 32 bits, else ≈ α
+
+def _of_base(name: str, doc: str) -> Any:
+    """An attribute that is the base optimizer's own."""
+
+    def get(self: BoosterOptimizer) -> Any:
+        return getattr(self.base_optimizer, name)
+
+    def put(self: BoosterOptimizer, value: Any) -> None:
+        setattr(self.base_optimizer, name, value)
+
+    return property(get, put, doc=doc)
 
 
-# NOTE: `state`, `param_groups` and `defaults` are the base optimizer's own objects, so schedulers,
-# checkpoints and mixed-precision tools see one optimizer. Optimizer.__init__ would build a second
-# set of them and is therefore not called; __setstate__ creates the rest (hooks, step profiling).
+def _on_base(name: str) -> Any:
+    """Registers a hook on the optimizer that really steps, which torch's own hooks are run by."""
+
+    @functools.wraps(getattr(Optimizer, name))
+    def register(
+        self: BoosterOptimizer, hook: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        def with_booster(_: Optimizer, *rest: Any) -> Any:
+            return hook(self, *rest)
+
+        return getattr(self._stepping, name)(with_booster, *args, **kwargs)
+
+    return register
+
+
+def _in_groups(name: str, key: str, doc: str) -> Any:
+    """A hyperparameter that every group has, readable where they agree."""
+
+    def get(self: BoosterOptimizer) -> float:
+        values = [group[key] for group in self._groups()]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"The param groups have different {name}: {values}. "
+                f"Read opt.param_groups[i][{key!r}] instead."
+            )
+        return values[0]
+
+    def put(self: BoosterOptimizer, value: float) -> None:
+        self._defaults[key] = checked(name, value)
+        for group in self.param_groups:
+            group[key] = self._defaults[key]
+
+    return property(get, put, doc=doc)
+
+
+# NOTE: `state`, `param_groups`, `defaults` and the hooks are the base optimizer's own, so
+# schedulers, checkpoints and mixed-precision tools see one optimizer. Optimizer.__init__ would
+# build a second set of them and run process-wide hooks twice; it is therefore not called.
 class BoosterOptimizer(Optimizer):
     r"""Wraps an optimizer so that it steps on the Booster gradient.
 
@@ -67,48 +123,57 @@ class BoosterOptimizer(Optimizer):
        \tfrac{\nabla h(w)}{\lVert\nabla h(w)\rVert + \varepsilon}\bigr)\Bigr) $$
 
     f is the alignment loss, h the harmful loss. The norm is one L2 norm over all trainable
-    parameters of all groups. Both harmful gradients come from the same closure, hence from the
-    same batch. A step costs three forward and backward passes.
+    parameters of all groups, or, with `norm="tensor"`, one for each tensor:
+    w′ᵢ = wᵢ − (α/√n)·∇ᵢh/(‖∇ᵢh‖ + ε) over the n tensors whose gradient is not zero. A step is
 
-    One call, where each closure runs forward and backward and returns its loss:
+    1. `zero_grad()`
+    2. `regularize(harmful_closure)`: two passes of one harmful batch add λ·(∇h(w) − ∇h(w′)) to
+       `.grad`; the weights come back bit for bit. Before the alignment forward pass.
+    3. the user's alignment passes, any number of them, which add ∇f(w); clipping; unscaling
+    4. `step()`: the base optimizer's
 
-        loss = opt.step(alignment_closure, harmful_closure)
+    `backward(alignment_closure, harmful_closure)` is 2 and 3, and
+    `step(alignment_closure, harmful_closure)` is 2 to 4 in one call. Closures run forward and
+    backward and return their loss; they may zero gradients, loop over micro-batches, or raise.
+    Each harmful pass starts on an empty `.grad` and what it leaves there is its gradient.
 
-    In stages, for loops with gradient accumulation, clipping or a GradScaler:
+    λ, α and the number of steps taken live in the param groups as `booster_lam`, `booster_alpha`
+    and `booster_step`; a group may set its own λ and α. They are saved and loaded with the state.
+    Where a group maximises, f is a reward and the regulariser's sign follows.
 
-        opt.zero_grad()
-        opt.regularize(harmful_closure)     # before the alignment forward pass
-        alignment_loss().backward()         # any number of times
-        clip_grad_norm_(params, 1.0)        # clips the combined gradient
-        opt.step()
-
-    λ and α live in the param groups as `booster_lam` and `booster_alpha`, where a group may set
-    its own; they are saved and loaded with the state.
-
-    Memory beyond the gradients: one copy of the trainable weights where the harmful closure only
-    accumulates into `.grad`, two where it zeroes or edits `.grad` (or a wrapper such as DDP
-    does). Gradients that are present when `regularize` is called are set aside in a further copy.
+    Memory beyond the gradients: two copies of the trainable weights, and one of the gradients that
+    are there when `regularize` is called.
 
     Args:
-        base_optimizer: An instance of any optimizer for dense gradients that does not need a
-            closure itself (not LBFGS).
+        base_optimizer: An instance of any optimizer for dense gradients that reads `.grad` and
+            does not need a closure itself (not LBFGS).
         lam: λ ≥ 0, regulariser intensity. Zero turns Booster off and skips the harmful passes.
         alpha: α ≥ 0, length of the simulated harmful step, in units of ‖w‖.
+        norm: "global", the paper's one norm, or "tensor".
+        lam_warmup_steps: T ≥ 0; λ·min(1, t/T) is in force at step t = 0, 1, …
+        lam_delay_steps: D ≥ 0; steps before that, in which λ is 0.
+        every: k ≥ 1; the regulariser comes at steps 0, k, 2k, …, k times as heavy.
         eps: ε ≥ 0, added to the norm.
-        replay_rng: Give the second harmful pass the random state of the first, so that dropout
-            masks are equal and ∇h(w) − ∇h(w′) measures the perturbation rather than the masks.
-        module: Module whose buffers (BatchNorm statistics and the like) the harmful passes must
-            leave as they are; without it they move twice a step. FSDP1 needs it for the norm.
+        replay_rng: Give both harmful passes one random state (torch's, numpy's and Python's global
+            generators), so that dropout masks are equal and ∇h(w) − ∇h(w′) measures the
+            perturbation rather than the masks.
+        module: The model. The harmful passes then leave its buffers (BatchNorm statistics and the
+            like) and the gradients of parameters that other optimizers hold as they are. FSDP1
+            needs it for the norm.
         no_sync: Context that keeps gradients local, such as `ddp_model.no_sync`, for the second
             harmful pass. The regulariser is then averaged together with the alignment gradient:
             two all-reduces a step rather than three. Not the default, because it is sound only
             if a synchronised alignment backward follows that accumulates onto `.grad`.
         independent_ranks: The ranks of the process group train models of their own. Otherwise
             a first harmful pass whose gradients nobody averaged is an error.
+        accumulates: The harmful closure does nothing to `.grad` but accumulate. Saves one of the
+            two copies.
+        self_check: Look at the first regulariser, by one more harmful pass, whether the closure is
+            one function of the weights and the ranks agree. It waits for the device, once.
 
     Raises:
         TypeError: `base_optimizer` is not an optimizer instance or cannot be wrapped.
-        ValueError: `lam`, `alpha` or `eps` is negative or not finite.
+        ValueError: A hyperparameter is out of its range.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -122,21 +187,13 @@ class BoosterOptimizer(Optimizer):
         ...     return closure
         >>> opt.zero_grad()
         >>> loss = opt.step(loss_on(refusal), loss_on(harmful))
-        >>> bool(opt.diagnostics.harmful_loss_drop > 0)
+        >>> opt.read_diagnostics()["harmful_loss_drop"] > 0
         True
 
     Source: Huang et al., "Booster: Tackling Harmful Fine-tuning for Large Language Models via
     Attenuating Harmful Perturbation", ICLR 2025, arXiv 2409.01586, Algorithm 1; the defaults are
-    the paper's.
+    the paper's. Warm-up and the norm for each tensor are not.
     """
-
-    base_optimizer: Optimizer
-    eps: float
-    replay_rng: bool
-    module: nn.Module | None
-    no_sync: Callable[[], AbstractContextManager[Any]] | None
-    independent_ranks: bool
-    diagnostics: Diagnostics | None
 
     def __init__(
         self,
@@ -144,31 +201,47 @@ class BoosterOptimizer(Optimizer):
         lam: float = 5.0,
         alpha: float = 0.1,
         *,
+        norm: Literal["global", "tensor"] = "global",
+        lam_warmup_steps: int = 0,
+        lam_delay_steps: int = 0,
+        every: int = 1,
         eps: float = 1e-7,
         replay_rng: bool = True,
         module: nn.Module | None = None,
         no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
         independent_ranks: bool = False,
+        accumulates: bool = False,
+        self_check: bool = True,
     ) -> None:
-        _check_base(base_optimizer)
+        self.base_optimizer = checked_base(base_optimizer, BoosterOptimizer)
         self._defaults = {LAM: checked("lam", lam), ALPHA: checked("alpha", alpha)}
-        for group in base_optimizer.param_groups:
-            for key in self._defaults.keys() & group.keys():
-                checked(key, group[key])
-        self.__setstate__(
-            {
-                "base_optimizer": base_optimizer,
-                "eps": checked("eps", eps),
-                "replay_rng": replay_rng,
-                "module": module,
-                "no_sync": no_sync,
-                "independent_ranks": independent_ranks,
-                "diagnostics": None,
-                "_regularized": [],
-                "_rounding_checked": False,
-            }
-        )
-        self._complete_groups()
+        if norm not in ("global", "tensor"):
+            raise ValueError(f'norm is {norm!r}. Pass "global" or "tensor".')
+        self.norm = norm
+        self.lam_warmup_steps = checked_count("lam_warmup_steps", lam_warmup_steps, 0)
+        self.lam_delay_steps = checked_count("lam_delay_steps", lam_delay_steps, 0)
+        self.every = checked_count("every", every, 1)
+        self.eps = checked("eps", eps)
+        self.replay_rng = replay_rng
+        self.module = module
+        self.no_sync = no_sync
+        self.independent_ranks = independent_ranks
+        self.accumulates = accumulates
+        self._now = _Now(checked=not self_check)
+        self._begin()
+
+    def _begin(self) -> None:
+        *_, self._stepping = layers(self.base_optimizer)  # others may hold a step back
+        booster = weakref.ref(self)
+
+        def taken(*_: Any) -> None:
+            if (self := booster()) is not None:
+                self._step_taken()
+
+        self._counts = not hasattr(self._stepping, "_optimizer_step_post_hooks")
+        if not self._counts:  # an optimizer that has not initialised torch's runs no hooks
+            self._stepping.register_step_post_hook(taken)
+        self._groups()
 
     # ------------------------------------------------------------------ the Booster step
 
@@ -182,12 +255,10 @@ class BoosterOptimizer(Optimizer):
         """Takes one Booster step, or, without closures, one step of the base optimizer.
 
         Args:
-            alignment_closure: Runs forward and backward of f and returns the loss. Its gradients
-                are combined with the regulariser afterwards, so it may zero or clip them. Alone,
-                after `regularize`, it accumulates onto the regulariser, or does nothing: engines
-                such as Lightning hand every step a closure.
-            harmful_closure: The same for h, called twice on one batch. Where it zeroes gradients,
-                those present before the call are dropped, as with any torch closure.
+            alignment_closure: Runs forward and backward of f and returns the loss. The regulariser
+                is added afterwards, so it may zero gradients or clip them. Alone, after
+                `regularize`, it may also do nothing: engines hand every step a closure.
+            harmful_closure: The same for h, called twice on one batch.
             closure: torch's keyword for `alignment_closure`.
 
         Returns:
@@ -195,48 +266,45 @@ class BoosterOptimizer(Optimizer):
 
         Raises:
             TypeError: One closure is missing or not callable.
-            RuntimeError: A closure made no gradients, or zeroed a regulariser that waits in
-                `.grad`. The weights are as they were.
+            RuntimeError: A closure made no gradients. The weights are as they were.
         """
         alignment_closure = alignment_closure if closure is None else closure
         if alignment_closure is None and harmful_closure is None:
-            self._regularized.clear()
-            return self.base_optimizer.step()
-        if harmful_closure is None and (self._regularizer_waits() or not self._is_on()):
-            return self._step_on_regularizer(alignment_closure)
-        self._between_steps()
-        loss = self._combine(alignment_closure, harmful_closure)
-        self.base_optimizer.step()
-        return loss
-
-    def _combine(self, alignment_closure: Any, harmful_closure: Any) -> Any:
-        """Runs both closures and leaves g in `.grad`; off Accelerate's boundary only f's part."""
-        alignment_closure = _checked_closure("alignment_closure", alignment_closure)
-        harmful_closure = _checked_closure("harmful_closure", harmful_closure)
-        self._refuse_second_regularizer()
-        on = self._is_on()
-        params = self._trainable() if on else {}
-        if not on or not is_boundary():
-            with torch.enable_grad():
-                return alignment_closure()
-        difference = self._minus_difference(params, harmful_closure, forget_zeroed=True)
-        if self.no_sync is None:
-            loss = run(alignment_closure, "alignment_closure", list(params))
-            _add_regularizer(params, difference)
+            return self._step_base()
+        waiting = self._now.waiting
+        waits = waiting is not None and waiting.is_there()
+        if harmful_closure is None and (waits or not self.is_due()):
+            loss = self._join(checked_closure("alignment_closure", alignment_closure))
         else:
-            _add_regularizer(params, difference)
-            loss = _run_on_top(
-                lambda: run(alignment_closure, "alignment_closure", list(params)), list(params)
-            )
+            loss = self.backward(alignment_closure, harmful_closure)
+        self._step_base()
         return loss
 
-    def _step_on_regularizer(self, alignment_closure: Any) -> Any:
-        """Steps on what `regularize` left in `.grad` and the closure, if it likes, adds to it."""
-        alignment_closure = _checked_closure("alignment_closure", alignment_closure)
-        params = list(self._trainable()) if self._is_on() else []
-        loss = _run_on_top(alignment_closure, params)
-        self._regularized.clear()
-        self.base_optimizer.step()
+    def backward(self, alignment_closure: Closure | None, harmful_closure: Closure | None) -> Any:
+        """Runs both closures and leaves g = ∇f(w) + λ·(∇h(w) − ∇h(w′)) in `.grad`.
+
+        Returns:
+            What `alignment_closure` returned.
+        """
+        f = checked_closure("alignment_closure", alignment_closure)
+        h = checked_closure("harmful_closure", harmful_closure)
+        self._refuse_engine()
+        return self._backward(f, h)
+
+    def _backward(self, f: Closure, h: Closure) -> Any:
+        self._refuse_second_regularizer()
+        if not self.is_due():
+            with torch.enable_grad():
+                return f()
+        groups = self._trainable()
+        difference = self._difference(groups, h)
+        if self.no_sync is not None:  # one all-reduce averages it with the alignment gradient
+            self._add(groups, difference)
+            return self._join(f)
+        with torch.enable_grad():
+            loss = f()
+        insist_on_gradients("alignment_closure", list(groups))
+        self._add(groups, difference)
         return loss
 
     def regularize(self, harmful_closure: Closure) -> Tensor | None:
@@ -253,133 +321,219 @@ class BoosterOptimizer(Optimizer):
                 one batch. It may zero gradients and may loop over micro-batches.
 
         Returns:
-            h(w), detached; None where λ is zero in every group and nothing was run.
+            h(w), detached; None where λ is zero at this step and nothing was run.
 
         Raises:
             TypeError: `harmful_closure` is not callable or returns no loss.
             RuntimeError: It made no gradients, or the regulariser has been added already.
         """
-        booster = behind_stand_in(self)
-        if booster is not self:
-            return booster.regularize(harmful_closure)
-        harmful_closure = _checked_closure("harmful_closure", harmful_closure)
+        h = checked_closure("harmful_closure", harmful_closure)
+        self._refuse_engine()
+        return self._regularize(h)
+
+    def _regularize(self, h: Closure) -> Tensor | None:
         self._refuse_second_regularizer()
-        if not self._is_on():
+        if not self.is_due():
             return None
-        params = self._trainable()
-        if self._between_steps():
-            return None
-        _add_regularizer(params, self._minus_difference(params, harmful_closure))
-        self._regularized = [weakref.ref(p.grad) for p in params if p.grad is not None]
-        assert self.diagnostics is not None
-        return self.diagnostics.harmful_loss
+        groups = self._trainable()
+        self._add(groups, self._difference(groups, h))
+        return self._now.diagnostics.harmful_loss if self._now.diagnostics is not None else None
 
     @torch.no_grad()
-    def _minus_difference(
-        self,
-        groups: dict[Tensor, dict[str, Any]],
-        harmful_closure: Closure,
-        *,
-        forget_zeroed: bool = False,
-    ) -> list[Tensor | None]:
-        """∇h(w′) − ∇h(w) of each parameter; weights and `.grad` are left as they were."""
-        params = list(groups)
-        with HarmfulPasses(
-            harmful_closure,
-            params,
-            self.replay_rng,
-            self.module,
-            self.no_sync or nullcontext,
-            self.independent_ranks,
-            forget_zeroed,
-        ) as harmful:
-            h, minus_g = harmful.first()  # h(w), −∇h(w)
+    def _difference(self, groups: dict[Tensor, dict[str, Any]], harmful_closure: Closure) -> Grads:
+        """∇h(w) − ∇h(w′) of each parameter; weights and `.grad` are left as they were."""
+        params, alphas = list(groups), [group[ALPHA] for group in groups.values()]
+        options = self.replay_rng, self.module, self.accumulates
+        with HarmfulPasses(harmful_closure, params, *options) as harmful:
+            trial = None if self._now.checked else harmful.trial()
+            h, g = harmful.run()  # h(w), ∇h(w)
 
-            reached = [p for p, g in zip(params, minus_g, strict=True) if g is not None]
-            direction = [local(g) for g in minus_g if g is not None]
-            alphas = [groups[p][ALPHA] for p in reached]
-            lengths = norms(direction)
-            n = global_norm(lengths, reached, self.module)  # ‖∇h(w)‖
-
-            live = [local(p) for p in reached]
-            w = copies(live)
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
-            restore = copying([p.detach() for p in live], w)
-            try:  # w′ = w − α·∇h(w)/(‖∇h(w)‖ + ε)
-                moved = perturb_(live, w, direction, lengths, alphas, n, self.eps)
-                self._warn_if_rounded_away(live, w, direction)
-                h_prime, minus_difference = harmful.second()  # h(w′), ∇h(w′) − ∇h(w)
+            live = [local(p.detach()) for p, x in zip(params, g, strict=True) if x is not None]
+            direction = [local(x) for x in g if x is not None]
+            n = tensor_norms(filled(g, norms(direction)), params, self.module)  # ‖∇ᵢh(w)‖
+            s = step_sizes(n, alphas, self.norm, self.eps)  # α/(‖∇h(w)‖ + ε)
+            expected = (s * n * n).sum()  # h(w) − h(w′) to first order
+            if trial is not None and not self.independent_ranks:
+                refuse_unequal(torch.linalg.vector_norm(n))
+
+            w = copies(live)
+            restore = copying(live, w)
+            try:
+                moved = perturb_(live, w, direction, entries(s, g))  # w′ = w − s·∇h(w)
+                if trial is not None:
+                    warn_of_passes(trial, h, expected, moved_fraction(live, w, direction))
+                h_prime, difference = harmful.run_against(g, self.no_sync)  # ∇h(w) − ∇h(w′)
             finally:
                 restore()
 
-        moved_norm = global_norm(moved, reached, self.module)
-        self.diagnostics = Diagnostics(h, h_prime, h - h_prime, n, moved_norm)
-        return minus_difference
+        length = s * n if moved is None else tensor_norms(filled(g, moved), params, self.module)
+        drop = h - h_prime
+        ratio = torch.where(expected > 0, drop.to(expected) / expected, torch.nan)
+        both = torch.linalg.vector_norm(n), torch.linalg.vector_norm(length)
+        self._now.diagnostics = Diagnostics(h, h_prime, drop, *both, ratio)
+        self._now.ratio = smoothed(self._now.ratio, ratio)
+        self._now.checked = True
+        if self._now.start is None and self.step_count <= self.every:
+            self._now.start = h
+        return difference
 
-    def _warn_if_rounded_away(
-        self, live: Sequence[Tensor], w: Sequence[Tensor], direction: Sequence[Tensor]
-    ) -> None:
-        """Looks once, since looking waits for the device."""
-        if self._rounding_checked:
-            return
-        self._rounding_checked = True
-        found = moved_fraction(live, w, direction)
-        if found is not None and found[0] < 0.9:
-            fraction, dtype = found
-            warnings.warn(
-                f"Rounding to {dtype} moved only {fraction:.0%} of the weights that the Booster "
-                "perturbation should have moved, so the regulariser sees another perturbation "
-                "than the one asked for. Keep the trainable weights (such as LoRA adapters) in "
-                "float32, or raise alpha and watch diagnostics.perturbation_norm.",
-                stacklevel=4,
+    def _add(self, groups: dict[Tensor, dict[str, Any]], difference: Grads) -> None:
+        """Adds λ·(∇h(w) − ∇h(w′)) to `.grad`."""
+        with torch.no_grad():
+            added = add_scaled(list(groups), difference, [self._lam(g) for g in groups.values()])
+        self._now.waiting = Waiting(added)
+
+    def _join(self, alignment_closure: Closure) -> Any:
+        """Runs an alignment closure while the regulariser waits in `.grad`, or set aside."""
+        waiting = self._now.waiting
+        if self.no_sync is None and waiting is not None:
+            waiting.end()
+            with set_aside(list(self._trainable())) as params, torch.enable_grad():
+                loss = alignment_closure()
+            self._now.waiting = Waiting(params)
+            return loss
+        with torch.enable_grad():
+            loss = alignment_closure()
+        if waiting is not None and not (waiting.is_there() and waiting is self._now.waiting):
+            raise RuntimeError(
+                "alignment_closure zeroed the regulariser, which with no_sync waits in .grad, so "
+                "that one all-reduce averages it together with the alignment gradient. Let the "
+                "closure accumulate, and call opt.zero_grad() before."
             )
+        return loss
+
+    def _step_base(self) -> Any:
+        result = self.base_optimizer.step()
+        if self._counts:
+            self._step_taken()
+        return result
+
+    def _step_taken(self) -> None:
+        """Runs after each step of the optimizer that steps, whoever called it."""
+        waiting = self._now.waiting
+        self._end_waiting()
+        if waiting is None or waiting.lost:
+            self._now.diagnostics = None
+            if self.is_due() and any(group.get("lr", 1.0) != 0 for group in self.param_groups):
+                self._tell(
+                    "plain",
+                    "This step had no regulariser although λ is not zero: regularize() was not "
+                    "called before it, or zero_grad() dropped what it had added. Call "
+                    "opt.zero_grad(), opt.regularize(harmful_closure), backward(), opt.step() in "
+                    "this order, or set opt.lam = 0 for plain steps.",
+                )
+        for group in self.param_groups:
+            group[STEP] += 1
+
+    def _end_waiting(self) -> None:
+        if self._now.waiting is not None:
+            self._now.waiting.end()
+        self._now.waiting = None
+
+    def _refuse_second_regularizer(self) -> None:
+        if self._now.waiting is not None and self._now.waiting.is_there():
+            raise RuntimeError(
+                "The regulariser is already in .grad and would be counted twice. Call regularize "
+                "once for each optimizer step, or drop the gradients with opt.zero_grad() first."
+            )
+        self._end_waiting()
+
+    def _refuse_engine(self) -> None:
+        states = [getattr(layer, "gradient_state", None) for layer in layers(self.base_optimizer)]
+        if self._now.prepared or any(state.num_steps > 1 for state in states if state is not None):
+            raise RuntimeError(
+                "Accelerate prepared this optimizer: it holds steps back and divides losses, λ "
+                "among them. Call regularize(optimizer, harmful_closure) or step(optimizer, "
+                "alignment_closure, harmful_closure) of torch_booster.integrations.accelerate, "
+                "which wait for the micro-batch that steps and keep λ whole."
+            )
+
+    # ------------------------------------------------------------------ reading and checking
+
+    @property
+    def diagnostics(self) -> Diagnostics | None:
+        """What the regulariser of this step saw; None where the last step had none."""
+        return self._now.diagnostics
+
+    def read_diagnostics(self) -> dict[str, float]:
+        """The diagnostics as numbers; waits for the device.
+
+        Warns once where the alignment blows up or takes the easy way out, with the step and the
+        remedy.
+
+        Returns:
+            The fields of `Diagnostics`; empty where the last step had no regulariser.
+        """
+        seen = self._now.diagnostics
+        if seen is None:
+            return {}
+        values = torch.stack([x.to(seen.drop_ratio) for x in seen]).tolist()
+        read = dict(zip(Diagnostics._fields, values, strict=True))
+        self._warn_of(read)
+        return read
+
+    def _warn_of(self, values: Mapping[str, float]) -> None:
+        if self._now.ratio is None:
+            return
+        start = torch.nan if self._now.start is None else self._now.start.item()
+        ratio, h = self._now.ratio.item(), values["harmful_loss"]
+        for kind, text in alarms(self.step_count, ratio, h, start).items():
+            self._tell(kind, text)
+
+    def _tell(self, kind: str, text: str) -> None:
+        if kind not in self._now.told:
+            self._now.told.add(kind)
+            warnings.warn(text, stacklevel=3)
+
+    def check(self, harmful_closure: Closure) -> None:
+        """Looks once more whether a harmful closure is one function of the weights.
+
+        Runs three harmful passes and changes nothing. Warns where h(w) does not repeat, raises
+        where a pass changes weights or ranks disagree, as the first regulariser does by itself.
+        """
+        h, seen = checked_closure("harmful_closure", harmful_closure), self._now.diagnostics
+        self._now.checked = False
+        self._difference(self._trainable(), h)
+        self._now.diagnostics = seen
+        if self._now.waiting is not None:  # it has come back as a copy
+            self._now.waiting = self._now.waiting.anew()
 
     # ------------------------------------------------------------------ hyperparameters
 
-    @property
-    def lam(self) -> float:
-        """λ, regulariser intensity. Setting it sets every group."""
-        return self._uniform("lam", LAM)
-
-    @lam.setter
-    def lam(self, value: float) -> None:
-        self._set("lam", LAM, value)
+    lam: float = _in_groups("lam", LAM, "λ, regulariser intensity. Setting it sets every group.")
+    alpha: float = _in_groups("alpha", ALPHA, "α, length of the simulated step; as `lam`.")
 
     @property
-    def alpha(self) -> float:
-        """α, length of the simulated harmful step. Setting it sets every group."""
-        return self._uniform("alpha", ALPHA)
+    def step_count(self) -> int:
+        """t, optimizer steps taken, those before a resumption included."""
+        return max(group[STEP] for group in self._groups())
 
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._set("alpha", ALPHA, value)
+    def is_due(self) -> bool:
+        """Whether the step to come has a regulariser: λ is not zero in some group by then."""
+        groups = self._groups()
+        for group in groups:
+            for key in self._defaults:
+                checked(key, group[key])
+        return any(self._lam(group) for group in groups)
 
-    def _uniform(self, name: str, key: str) -> float:
-        self._complete_groups()
-        values = [group[key] for group in self.param_groups]
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"The param groups have different {name}: {values}. "
-                f"Read opt.param_groups[i][{key!r}] instead."
-            )
-        return values[0]
+    def _lam(self, group: dict[str, Any]) -> float:
+        """λ in force, in the sign in which the base optimizer takes gradients."""
+        ascends = group.get("maximize", getattr(self._stepping, "maximize", False))
+        schedule = self.lam_warmup_steps, self.lam_delay_steps, self.every
+        lam = lam_at(group[STEP], group[LAM], *schedule)
+        return -lam if ascends else lam
 
-    def _set(self, name: str, key: str, value: float) -> None:
-        self._defaults[key] = checked(name, value)
+    def _groups(self) -> list[dict[str, Any]]:
+        """The param groups, completed where the base has got new ones."""
+        taken = max((group.get(STEP, 0) for group in self.param_groups), default=0)
         for group in self.param_groups:
-            group[key] = self._defaults[key]
-
-    def _complete_groups(self) -> None:
-        for group in self.param_groups:
-            for key, value in self._defaults.items():
+            for key, value in (*self._defaults.items(), (STEP, taken)):
                 group.setdefault(key, value)
+        return self.param_groups
 
     def _trainable(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that requires a gradient, without repetition."""
-        refuse_unservable()
-        for group in self.param_groups:
-            if any(hasattr(p, "ds_id") for p in group["params"]):
-                raise RuntimeError(NO_DEEPSPEED)
         params = {
             p: group for group in self.param_groups for p in group["params"] if p.requires_grad
         }
@@ -391,80 +545,52 @@ class BoosterOptimizer(Optimizer):
             )
         return params
 
-    def _is_on(self) -> bool:
-        self._complete_groups()
-        for group in self.param_groups:
-            for key in self._defaults:
-                checked(key, group[key])
-        return any(group[LAM] != 0 for group in self.param_groups)
-
     # ------------------------------------------------------------------ the Optimizer contract
 
-    @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base optimizer's state."""
-        return self.base_optimizer.state
+    state: Any = _of_base("state", "The base optimizer's state.")
+    param_groups: Any = _of_base("param_groups", "The base's, with `booster_lam` and its fellows.")
+    defaults: dict[str, Any] = _of_base("defaults", "The base optimizer's defaults.")
 
-    @state.setter
-    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.base_optimizer.state = value
-
-    @property
-    def param_groups(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base optimizer's param groups, with `booster_lam` and `booster_alpha` in each."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.base_optimizer.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
+    register_step_pre_hook = _on_base("register_step_pre_hook")
+    register_step_post_hook = _on_base("register_step_post_hook")
+    register_state_dict_pre_hook = _on_base("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _on_base("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _on_base("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _on_base("register_load_state_dict_post_hook")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and with them a regulariser that was added."""
-        self._regularized.clear()
         self.base_optimizer.zero_grad(set_to_none)
+        waiting = self._now.waiting
+        # A base that Accelerate prepared keeps the gradients until the micro-batch that steps.
+        if waiting is not None and not (set_to_none and waiting.is_there()):
+            self._end_waiting()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may bring its own `booster_lam` and `_alpha`."""
         for key in self._defaults.keys() & param_group.keys():
             checked(key, param_group[key])
         self.base_optimizer.add_param_group(param_group)
-        self._complete_groups()
+        self._groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state; λ and α are in its param groups."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        self._complete_groups()
-        state_dict = self.base_optimizer.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
+        """The base optimizer's state; λ, α and the steps taken are in its param groups."""
+        self._groups()
+        return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state saved by this class or by the bare base optimizer.
 
-        A state without λ and α, as the bare optimizer saves it, leaves those in force.
+        A state without λ, α and steps, as the bare optimizer saves it, leaves those in force.
         """
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        self._complete_groups()
-        in_force = [{key: group[key] for key in self._defaults} for group in self.param_groups]
+        keys = (*self._defaults, STEP)
+        in_force = [{key: group[key] for key in keys} for group in self._groups()]
         self.base_optimizer.load_state_dict(state_dict)
         for group, hyperparameters in zip(self.param_groups, in_force, strict=True):
             for key, value in hyperparameters.items():
                 group.setdefault(key, value)
-        self._regularized.clear()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        self._end_waiting()
+        self._now.diagnostics = self._now.start = self._now.ratio = None
 
     def train(self) -> None:
         """Switches base optimizers that distinguish training from evaluation (schedule-free)."""
@@ -476,157 +602,20 @@ class BoosterOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks and what a scheduler patched onto the instance stay behind.
-        public = ("base_optimizer", "eps", "replay_rng", "module", "no_sync", "independent_ranks")
-        private = ("diagnostics", "_defaults", "_rounding_checked")
-        return {name: self.__dict__[name] for name in (*public, *private)} | {"_regularized": []}
+        kept = {k: v for k, v in vars(self).items() if k not in ("step", "_stepping")}
+        return kept | {"_now": replace(self._now, waiting=None, told={*self._now.told})}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     @property
     def _is_accelerate_prepared(self) -> bool:
         """Answers Accelerate's `prepare`, which asks before it wraps an optimizer."""
-        if hasattr(self.base_optimizer, "gradient_state"):
+        if any(hasattr(layer, "gradient_state") for layer in layers(self.base_optimizer)):
             raise TypeError(
                 "The base optimizer has been prepared already and would step, and be unscaled, "
                 "twice. Prepare either the base optimizer or the BoosterOptimizer."
             )
-        take_both_closures(BoosterOptimizer)
+        self._now.prepared = True
         return False
-
-    def _between_steps(self) -> bool:
-        """Whether a prepared base optimizer waits for further micro-batches."""
-        if is_boundary():
-            return False
-        if hasattr(self.base_optimizer, "gradient_state"):
-            return True
-        raise RuntimeError(
-            "Within accelerator.accumulate this micro-batch does not step, and a harmful pass here "
-            "would see gradients that no rank has shared. Call "
-            "torch_booster.integrations.accelerate.regularize(optimizer, harmful_closure), or step "
-            "on what accelerator.prepare returned; both wait for the micro-batch that steps."
-        )
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Answers GradScaler, which asks before it unscales, and refuses its closures in time."""
-        caller = sys._getframe(1).f_locals
-        if any(callable(argument) for argument in caller.get("args", ())):
-            raise RuntimeError(
-                "GradScaler cannot step through closures: it unscales before they run. Use the "
-                "stages: opt.regularize(harmful_closure), scaler.scale(loss).backward(), "
-                "scaler.step(opt), with scaler.scale(loss).backward() in the harmful closure too."
-            )
-        return False
-
-    def _regularizer_waits(self) -> bool:
-        # Gradients rather than a flag: where a GradScaler skips the step and model.zero_grad()
-        # drops them, nobody tells this optimizer.
-        held = {id(ref()) for ref in self._regularized} - {id(None)}
-        return bool(held & {id(p.grad) for group in self.param_groups for p in group["params"]})
-
-    def _refuse_second_regularizer(self) -> None:
-        if self._regularizer_waits():
-            raise RuntimeError(
-                "The regulariser is already in .grad and would be counted twice. Call regularize "
-                "once for each optimizer step, or drop the gradients with opt.zero_grad() first."
-            )
-
-
-def _run_on_top(alignment_closure: Closure, params: list[Tensor]) -> Any:
-    """Runs the alignment closure on a regulariser that waits in `.grad` to be added to."""
-    waiting = [p for p in params if p.grad is not None]
-    with GradWatch(waiting) as watch, torch.enable_grad():
-        loss = alignment_closure()
-    if watch.zeroed or any(p.grad is None for p in waiting):
-        raise RuntimeError(
-            "alignment_closure zeroed the regulariser, which waits in .grad after regularize() and "
-            "with no_sync (so that one all-reduce averages it together with the alignment "
-            "gradient). Let the closure accumulate, and call opt.zero_grad() before."
-        )
-    return loss
-
-
-def _add_regularizer(
-    params: dict[Tensor, dict[str, Any]], minus_difference: Sequence[Tensor | None]
-) -> None:
-    """Adds −λ·(∇h(w′) − ∇h(w)) to `.grad`."""
-    with torch.no_grad():
-        grads = [None if p.grad is None else placed_like(p.grad, p) for p in params]
-        lams = [group[LAM] for group in params.values()]
-        added = [d if lam else None for d, lam in zip(minus_difference, lams, strict=True)]
-        total = summed(grads, added, list(params), [-lam for lam in lams])
-        for param, grad in zip(params, total, strict=True):
-            param.grad = grad
-
-
-def _check_base(base_optimizer: Any) -> None:
-    if isinstance(base_optimizer, type):
-        raise TypeError(
-            f"base_optimizer must be an instance, got the class {base_optimizer.__name__}. Pass "
-            f"{base_optimizer.__name__}(model.parameters(), ...)."
-        )
-    if not isinstance(base_optimizer, Optimizer):
-        raise TypeError(
-            f"base_optimizer must be a torch.optim.Optimizer, got {base_optimizer!r}. A wrapper "
-            "that is none (such as schedule-free's) may go around BoosterOptimizer instead: call "
-            "regularize on the inner optimizer and step on the wrapper."
-        )
-    for layer in layers(base_optimizer):
-        if isinstance(layer, BoosterOptimizer):
-            raise TypeError("base_optimizer is a BoosterOptimizer already; wrap it once.")
-        if "deepspeed" in type(layer).__module__:
-            raise TypeError(f"base_optimizer is a {type(layer).__name__}. {NO_DEEPSPEED}")
-    name = type(base_optimizer).__name__
-    if isinstance(base_optimizer, torch.optim.SparseAdam):
-        raise TypeError(f"{name} takes sparse gradients only, and Booster's arithmetic is dense.")
-    if acts_in_backward(base_optimizer):
-        raise TypeError(
-            f"{name} has hooks on the gradients of its parameters, as optimizers do that step or "
-            "offload during the backward pass. It would take the gradients of the harmful passes "
-            "for its own. Use an optimizer that reads .grad in step()."
-        )
-    if any(hasattr(base_optimizer, method) for method in ("first_step", "set_closure")):
-        raise TypeError(
-            f"{name} evaluates the gradient again within its step (as SAM does), and would replace "
-            "the Booster gradient by the alignment gradient. Use an optimizer that reads .grad."
-        )
-    closure = inspect.signature(base_optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{name}.step needs a closure, which it may call several times a step; the Booster "
-            "gradient is computed once a step. Use an optimizer whose step() works without."
-        )
-
-
-def _checked_closure(name: str, closure: Closure | None) -> Closure:
-    if closure is None:
-        raise TypeError(
-            f"step() is missing {name}. Give both closures, or call regularize(harmful_closure), "
-            "loss.backward() and then step() without arguments. Lightning's automatic optimization "
-            "gives one closure: optimize manually, or override optimizer_step to give both."
-        )
-    if not callable(closure):
-        raise TypeError(
-            f"{name} must be callable, got {closure!r}. Pass the function, not its result."
-        )
-    return closure
-
-
-def checked(name: str, value: Any) -> float:
-    """A hyperparameter as a float.
-
-    Args:
-        name: What to call it in an error.
-        value: Any finite real number that is not negative.
-
-    Returns:
-        `value` as a float.
-
-    Raises:
-        TypeError: `value` is no number.
-        ValueError: `value` is negative or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    number = as_float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
-    return number

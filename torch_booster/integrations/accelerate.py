@@ -1,4 +1,4 @@
-"""The stages of a Booster step on the optimizer that Accelerate's `prepare` returned.
+"""The stages of a Booster step in Accelerate's hands, whichever way round the optimizer is wrapped.
 
 Both orders work, and both take the same calls:
 
@@ -15,20 +15,32 @@ Both orders work, and both take the same calls:
             scheduler.step()
             optimizer.zero_grad()
 
+or, in one call in the place of three, `step(optimizer, alignment_closure, harmful_closure)`.
+
 Prepare the alignment loader and not the harmful one, whose end Accelerate would take for the end
 of the epoch; give each process its own part of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import (  # pyright: ignore[reportMissingTypeStubs]
+    AcceleratorState,
+    GradientState,
+)
+from accelerate.utils import DistributedType  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_booster.checks import NO_DEEPSPEED, checked_closure, layers
 from torch_booster.closure import Closure
-from torch_booster.engine import is_boundary, wrapped_by
 from torch_booster.optimizer import BoosterOptimizer
 
-__all__ = ["regularize"]
+__all__ = ["booster_of", "regularize", "step"]
 
 
 def regularize(optimizer: Optimizer, harmful_closure: Closure) -> Tensor | None:
@@ -52,7 +64,6 @@ def regularize(optimizer: Optimizer, harmful_closure: Closure) -> Tensor | None:
             the closure made no gradients, or the regulariser has been added already.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = BoosterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         >>> def harmful_closure():
@@ -62,10 +73,91 @@ def regularize(optimizer: Optimizer, harmful_closure: Closure) -> Tensor | None:
         >>> regularize(optimizer, harmful_closure).shape
         torch.Size([])
     """
-    booster = wrapped_by(optimizer, BoosterOptimizer)
-    if booster is None:
-        raise TypeError(
-            f"There is no BoosterOptimizer in {optimizer!r}. Wrap the optimizer before or after "
-            "accelerator.prepare: BoosterOptimizer(AdamW(model.parameters()))."
+    booster = booster_of(optimizer)
+    harmful_closure = checked_closure("harmful_closure", harmful_closure)
+    if not GradientState().sync_gradients or not booster.is_due():
+        return None
+    _refuse_what_cannot_work()
+    return booster._regularize(_undivided(harmful_closure))
+
+
+def step(optimizer: Optimizer, alignment_closure: Closure, harmful_closure: Closure) -> Any:
+    """One Booster step in one call: off the micro-batch that steps, the alignment pass alone.
+
+    Args:
+        optimizer: What `accelerator.prepare` made of a BoosterOptimizer, or a BoosterOptimizer.
+        alignment_closure: Runs forward and backward (`accelerator.backward`) of a micro-batch.
+        harmful_closure: As `regularize` takes it.
+
+    Returns:
+        What `alignment_closure` returned.
+    """
+    booster = booster_of(optimizer)
+    alignment_closure = checked_closure("alignment_closure", alignment_closure)
+    harmful_closure = checked_closure("harmful_closure", harmful_closure)
+    if GradientState().sync_gradients and booster.is_due():
+        _refuse_what_cannot_work()
+        loss = booster._backward(alignment_closure, _undivided(harmful_closure))
+    else:
+        with torch.enable_grad():
+            loss = alignment_closure()
+    optimizer.step()
+    return loss
+
+
+def booster_of(optimizer: Optimizer) -> BoosterOptimizer:
+    """The BoosterOptimizer that an optimizer is, or wraps.
+
+    Raises:
+        TypeError: There is none.
+    """
+    for layer in layers(optimizer):
+        if isinstance(layer, BoosterOptimizer):
+            return layer
+    raise TypeError(
+        f"There is no BoosterOptimizer in the {type(optimizer).__name__}. Wrap the optimizer "
+        "before or after accelerator.prepare: BoosterOptimizer(AdamW(model.parameters()))."
+    )
+
+
+def _undivided(harmful_closure: Closure) -> Closure:
+    """A closure in which `accelerator.backward` does not divide by the accumulation steps.
+
+    The regulariser enters a step once, whatever the number of micro-batches: divided, λ would
+    silently become λ/accumulation steps.
+    """
+
+    def closure() -> Tensor | float:
+        with _one_step():
+            return harmful_closure()
+
+    return closure
+
+
+@contextmanager
+def _one_step() -> Generator[None]:
+    state = GradientState()
+    kept = state.plugin_kwargs
+    state.plugin_kwargs = {**kept, "num_steps": 1}
+    try:
+        yield
+    finally:
+        state.plugin_kwargs = kept
+
+
+def _refuse_what_cannot_work() -> None:
+    engine = AcceleratorState._shared_state.get("distributed_type")
+    if engine == DistributedType.DEEPSPEED:
+        raise RuntimeError(NO_DEEPSPEED)
+    accumulation = GradientState().plugin_kwargs
+    if (
+        engine == DistributedType.FSDP
+        and accumulation.get("num_steps", 1) > 1
+        and not accumulation.get("sync_each_batch", False)
+    ):
+        raise RuntimeError(
+            "FSDP keeps the gradients of earlier micro-batches unreduced, and the harmful passes "
+            "would reduce them along with their own. Reduce each micro-batch: Accelerator("
+            "gradient_accumulation_plugin=GradientAccumulationPlugin("
+            f"num_steps={accumulation['num_steps']}, sync_each_batch=True))."
         )
-    return booster.regularize(harmful_closure) if is_boundary() else None

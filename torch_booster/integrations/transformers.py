@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from torch_booster.engine import NO_DEEPSPEED
-from torch_booster.optimizer import BoosterOptimizer, Diagnostics, checked
+from torch_booster.checks import NO_DEEPSPEED, checked, checked_count
+from torch_booster.diagnostics import Diagnostics
+from torch_booster.optimizer import BoosterOptimizer
 
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
 
@@ -64,6 +65,19 @@ class BoosterArguments:
         default=0,
         metadata={"help": "Steps over which λ grows linearly from zero: against the easy way out."},
     )
+    lam_delay_steps: int = field(
+        default=0, metadata={"help": "Steps before that, in which λ is zero."}
+    )
+    norm: Literal["global", "tensor"] = field(
+        default="global",
+        metadata={
+            "help": "One norm for the whole simulated step (the paper's), or one per tensor."
+        },
+    )
+    self_check: bool = field(
+        default=True,
+        metadata={"help": "Look at the first harmful passes, by one more, whether they repeat."},
+    )
 
     def __post_init__(self) -> None:
         """Refuses values that could only fail once the run has begun.
@@ -81,13 +95,9 @@ class BoosterArguments:
                 f"per_device_harmful_batch_size is {size}. Pass at least 1, or nothing for the "
                 "size of a micro-batch."
             )
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}. Pass 1 to regularise at every step.")
-        if self.lam_warmup_steps < 0:
-            raise ValueError(
-                f"lam_warmup_steps is {self.lam_warmup_steps}. Pass 0 for the full λ from the "
-                "first step on."
-            )
+        checked_count("every", self.every, 1)
+        checked_count("lam_warmup_steps", self.lam_warmup_steps, 0)
+        checked_count("lam_delay_steps", self.lam_delay_steps, 0)
 
 
 class BoosterMixin(Trainer):
@@ -183,9 +193,19 @@ class BoosterMixin(Trainer):
         """Creates the trainer's optimizer and wraps it."""
         optimizer = super().create_optimizer(model)
         if not isinstance(_bare(optimizer), BoosterOptimizer):  # it is in a second call of train
-            lam, alpha = self.booster_args.every * self.booster_args.lam, self.booster_args.alpha
-            # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
-            optimizer = BoosterOptimizer(_bare(optimizer), lam, alpha, module=model)
+            args = self.booster_args
+            optimizer = BoosterOptimizer(
+                _bare(optimizer),
+                args.lam,
+                args.alpha,
+                norm=args.norm,
+                lam_warmup_steps=args.lam_warmup_steps,
+                lam_delay_steps=args.lam_delay_steps,
+                every=args.every,
+                self_check=args.self_check,
+                # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
+                module=self.model if model is None else model,
+            )
         self.optimizer = optimizer
         return optimizer
 
@@ -199,23 +219,21 @@ class BoosterMixin(Trainer):
         run = super().training_step
         # Before the last one and not before the first: only there does DDP reduce gradients, and
         # all ranks have to perturb in one direction.
-        turn = self.state.global_step % self.booster_args.every == 0
-        if turn and self.accelerator.gradient_state.sync_gradients:
-            self._regularize(partial(run, model))
+        booster = _bare(self.optimizer)
+        if self.accelerator.gradient_state.sync_gradients and booster.is_due():
+            self._regularize(booster, partial(run, model))
         return run(model, inputs, num_items_in_batch)
 
-    def _regularize(self, run: Callable[..., Tensor]) -> None:
-        booster = _bare(self.optimizer)
-        warmup = self.booster_args.lam_warmup_steps
-        share = min(1.0, self.state.global_step / warmup) if warmup else 1.0
-        if all(share * group["booster_lam"] == 0 for group in booster.param_groups):
-            return
-        batch = self._next_harmful_batch()
+    def _regularize(self, booster: BoosterOptimizer, run: Callable[..., Tensor]) -> None:
+        batch = self._next_harmful_batch(booster.step_count // booster.every)
         num_items = self._get_num_items_in_batch([batch], self.args.device)
-        with _kept(self, RECORDS), _weighted(booster, share):
+        booster._end_waiting()  # of a step that a loss scaler skipped; the trainer has zeroed it
+        with _kept(self, RECORDS):
             self.current_gradient_accumulation_steps = 1  # h is not accumulated
-            booster.regularize(lambda: run(batch, num_items))
-        values = [v.to(self.args.device, torch.float32) for v in booster.diagnostics]
+            booster._regularize(lambda: run(batch, num_items))
+        seen = booster.diagnostics
+        assert seen is not None
+        values = [v.to(self.args.device, torch.float32) for v in seen]
         self._diagnostics = self._diagnostics + torch.stack(values)
         self._diagnosed_steps += 1
 
@@ -225,9 +243,11 @@ class BoosterMixin(Trainer):
         if "learning_rate" in logs and self._diagnosed_steps:
             mean: Any = self._diagnostics / self._diagnosed_steps
             mean = self.accelerator.reduce(mean, reduction="mean")
-            logs = {**logs, **dict(zip(Diagnostics._fields, mean.tolist(), strict=True))}
-            if self.accelerator.scaler is not None:
-                del logs["harmful_grad_norm"]  # of the scaled loss
+            means = dict(zip(Diagnostics._fields, mean.tolist(), strict=True))
+            _bare(self.optimizer)._warn_of(means)
+            if self.accelerator.scaler is not None:  # these two are of the scaled loss
+                del means["harmful_grad_norm"], means["drop_ratio"]
+            logs = {**logs, **means}
             self._diagnostics, self._diagnosed_steps = 0.0, 0
         super().log(logs, *args, **kwargs)
 
@@ -241,8 +261,7 @@ class BoosterMixin(Trainer):
             self._harmful_is_prepared = True
         return prepare(dataset, *args, **kwargs)
 
-    def _next_harmful_batch(self) -> Any:
-        turn = self.state.global_step // self.booster_args.every
+    def _next_harmful_batch(self, turn: int) -> Any:
         if turn != self._harmful_turn:
             self._harmful_batches = self._harmful_batches_from(turn)
         batch = next(self._harmful_batches)
@@ -318,19 +337,6 @@ def _random_state_kept() -> Generator[None]:
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
-
-
-@contextmanager
-def _weighted(booster: BoosterOptimizer, share: float) -> Generator[None]:
-    """A share of every group's λ, for one regulariser; saved and shown is the whole."""
-    whole = [group["booster_lam"] for group in booster.param_groups]
-    try:
-        for group in booster.param_groups:
-            group["booster_lam"] *= share
-        yield
-    finally:
-        for group, lam in zip(booster.param_groups, whole, strict=True):
-            group["booster_lam"] = lam
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""What is refused by name, before anything is changed: hyperparameters, closures, optimizers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = [
+    "NO_DEEPSPEED",
+    "as_float",
+    "checked",
+    "checked_base",
+    "checked_closure",
+    "checked_count",
+    "layers",
+    "shown",
+]
+
+NO_DEEPSPEED = (
+    "BoosterOptimizer does not support DeepSpeed: its engine owns gradients, parameters and the "
+    "step, so that the harmful passes cannot be kept out of the update. Use DDP or FSDP2."
+)
+
+# Optional in the signature of `step`, and demanded by its code.
+NEEDS_CLOSURE = {"AliG"}
+
+
+def layers(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and what it wraps, as its `optimizer`, from the outside in."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+def checked(name: str, value: Any) -> float:
+    """A hyperparameter as a float.
+
+    Args:
+        name: What to call it in an error.
+        value: Any finite real number that is not negative.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: `value` is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}. Pass a float.")
+    number = as_float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {shown(value)}.")
+    return number
+
+
+def checked_count(name: str, value: Any, least: int) -> int:
+    """A whole number that is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {shown(value)}. Pass an int.")
+    if value < least:
+        raise ValueError(f"{name} is {value}. Pass at least {least}.")
+    return value
+
+
+def checked_closure(name: str, closure: Any) -> Any:
+    """A closure that can be called."""
+    if closure is None:
+        raise TypeError(
+            f"step() is missing {name}. Give both closures, or call regularize(harmful_closure), "
+            "loss.backward() and then step() without arguments. Lightning's automatic optimization "
+            "gives one closure: optimize manually, or override optimizer_step to give both."
+        )
+    if not callable(closure):
+        raise TypeError(
+            f"{name} must be callable, got {shown(closure)}. Pass the function, not its result."
+        )
+    return closure
+
+
+def checked_base(base_optimizer: Any, kind: type[Optimizer]) -> Optimizer:
+    """An optimizer that can be wrapped in one of this `kind`."""
+    if isinstance(base_optimizer, type):
+        raise TypeError(
+            f"base_optimizer must be an instance, got the class {base_optimizer.__name__}. Pass "
+            f"{base_optimizer.__name__}(model.parameters(), ...)."
+        )
+    if not isinstance(base_optimizer, Optimizer):
+        raise TypeError(
+            f"base_optimizer must be a torch.optim.Optimizer, got {shown(base_optimizer)}. Pass "
+            "AdamW(model.parameters(), lr=...) or the like. A wrapper that is no Optimizer (such "
+            "as schedule-free's) may go around BoosterOptimizer instead: call regularize on the "
+            "inner optimizer and step on the wrapper."
+        )
+    for layer in layers(base_optimizer):
+        _refuse_layer(layer, type(layer).__name__, kind)
+    for group in base_optimizer.param_groups:
+        if any(hasattr(p, "ds_id") for p in group["params"]):
+            raise TypeError(NO_DEEPSPEED)
+        if any(hasattr(p, "main_grad") for p in group["params"]):
+            raise TypeError(
+                "The parameters have a main_grad, which their optimizer reads in the place of "
+                ".grad, and so would never see the regulariser. Use one that reads .grad."
+            )
+    return base_optimizer
+
+
+def _refuse_layer(layer: Any, name: str, kind: type[Optimizer]) -> None:
+    if isinstance(layer, kind):
+        raise TypeError("base_optimizer is a BoosterOptimizer already; wrap it once.")
+    if "deepspeed" in type(layer).__module__:
+        raise TypeError(f"base_optimizer is a {name}. {NO_DEEPSPEED}")
+    if isinstance(layer, torch.optim.SparseAdam):
+        raise TypeError(
+            f"{name} takes sparse gradients only, and Booster's arithmetic is dense. Use Adam."
+        )
+    if hasattr(type(layer), "grad_samples"):
+        raise TypeError(
+            f"{name} steps on the gradients of single samples (grad_sample), those of the harmful "
+            "passes among them, and never sees the regulariser. Use an optimizer that reads .grad."
+        )
+    offloads = any(base.__name__ == "CPUOffloadOptimizer" for base in type(layer).__mro__)
+    if offloads or hasattr(layer, "fused_backward"):  # torchao's; LOMO
+        raise TypeError(
+            f"{name} takes the gradients during the backward pass, those of the harmful passes "
+            "among them. Use an optimizer that reads .grad in step()."
+        )
+    if any(hasattr(layer, method) for method in ("first_step", "set_closure")):
+        raise TypeError(
+            f"{name} evaluates the gradient again within its step (as SAM does), and would replace "
+            "the Booster gradient by the alignment gradient. Use an optimizer that reads .grad."
+        )
+    closure = inspect.signature(layer.step).parameters.get("closure")
+    needed = closure is not None and closure.default is inspect.Parameter.empty
+    if needed or name in NEEDS_CLOSURE:
+        raise TypeError(
+            f"{name}.step needs a closure, which it may call several times a step; the Booster "
+            "gradient is computed once a step. Use an optimizer whose step() works without."
+        )
+
+
+def as_float(number: Any) -> float:
+    """The float of a real number, infinite where it lies beyond all of them."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def shown(value: Any) -> str:
+    """A value where it is short, and else its type: a whole model helps nobody in an error."""
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"
