@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reliability check format docs bench-quick bench-step clean
+.PHONY: help demo test test-reliability check format docs check-site bench-quick bench-step clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,10 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)  ## Build the documentation into site/, warnings being errors
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check-site: docs  ## Look at every page of the site in Chromium, at two widths, and follow its links
+	$(BIN)/python docs/check_site.py site --screenshots build/site
 
 bench-quick: $(INSTALLED)  ## Run every experiment of the benchmark at toy size: the machinery, no claim
 	rm -rf build/bench-quick
