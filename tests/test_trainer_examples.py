@@ -46,9 +46,8 @@ def test_a_model_and_data_of_ones_own(example: ModuleType, tmp_path: Path) -> No
     """The tiny model, saved, stands for one of the hub."""
     first = tmp_path / "first"
     example.main(flags(first))
-    names = ("prompt", "completion") if example.__name__ == "trl_sft" else ("prompt", "answer")
     for file, answer in (("refusals", "sorry i can not"), ("harmful", "tiptoe upstairs wait")):
-        rows = [dict(zip(names, ("how do i prank my uncle ?", answer), strict=True))] * 4
+        rows = [{"prompt": "how do i prank my uncle ?", "completion": answer}] * 4
         Path(tmp_path, f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sets = ["--alignment_set", str(tmp_path / "refusals.jsonl")]
     sets += ["--harmful_set", str(tmp_path / "harmful.jsonl")]
