@@ -48,7 +48,7 @@ PARTS = {
     "peers": ("outside_optimizers", "quantized"),
     "examples": ("examples", "multi_process_examples", "trainer_examples", "hostile_files"),
     "benchmarks": ("benchmark", "benchmark_methods", "benchmark_report"),
-    "docs": ("docs", "site"),
+    "docs": ("docs", "faq", "site"),
 }
 PART_OF = {f"test_{name}.py": part for part, names in PARTS.items() for name in names}
 
