@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 COLOURS = ("#0072b2", "#009e73", "#d55e00")  # told apart by colour-blind readers too
+DASHES = ("-", "--", ":")  # and on paper
 
 # Text stays text and ids are fixed, so that the same data give the same file.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "torch_booster", "font.family": "sans-serif"}
@@ -61,9 +62,11 @@ def draw_diagnostics(target: Path) -> None:
         arguments = record["arguments"]
         axes[0, column].set_title(f"{title}, λ = {arguments['lam']:g}, α = {arguments['alpha']:g}")
         for axis, (key, panel) in zip(axes[:, column], PANELS.items(), strict=True):
-            for colour, (seed, rows) in zip(COLOURS, traces(record).items(), strict=True):
+            lines = zip(traces(record).items(), COLOURS, DASHES, strict=True)
+            for (seed, rows), colour, dashes in lines:
                 steps, values = [r["step"] for r in rows], [r[key] for r in rows]
-                axis.plot(steps, values, color=colour, label=f"seed {seed}", linewidth=1.4)
+                style = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
+                axis.plot(steps, values, label=f"seed {seed}, one batch a point", **style)
             axis.set_yscale(**panel.scale)
             axis.grid(alpha=0.3, linewidth=0.5)
         axes[-1, column].set_xlabel("alignment step")

@@ -336,6 +336,14 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
             assert anchor in [re.sub(r"\W+", "-", heading.lower()) for heading in headings]
 
 
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/reliability.md"])
+def test_the_named_commands_are_in_the_makefile(file: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / file).read_text(), re.MULTILINE)
+    assert commands
+    assert set(commands) <= set(targets)
+
+
 def test_no_sentence_of_the_readme_has_more_than_three_numbers() -> None:
     text = re.sub(r"^```.*?^```|^    .*?$|^\|.*?$|\]\([^)]*\)", "", README, flags=re.M | re.S)
     for sentence in re.split(r"(?<=[.:?])\s", " ".join(text.split())):
