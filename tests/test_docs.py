@@ -23,6 +23,8 @@ from torch_booster import Diagnostics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+with_results = pytest.mark.skipif(not RESULTS.is_dir(), reason="an sdist holds no records")
 PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md"))}
 
 FENCE = re.compile(
@@ -157,7 +159,8 @@ def test_named_files_exist(name: str) -> None:
     for path in paths:
         package, _, module = path.partition("/")
         place = files(package) if package == "torch_booster" else ROOT / package
-        assert (Path(str(place)) / module).exists(), path
+        if RESULTS.is_dir() or not path.startswith("benchmarks/results"):
+            assert (Path(str(place)) / module).exists(), path
 
 
 def text(name: str) -> str:
@@ -218,9 +221,10 @@ def test_every_optimizer_of_torch_is_named() -> None:
 
 
 def record(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+@with_results
 def test_quoted_instability_is_the_recorded_one() -> None:
     plots = pytest.importorskip("matplotlib", reason="matplotlib is not installed") and load(
         "plots"
@@ -241,6 +245,7 @@ def test_quoted_instability_is_the_recorded_one() -> None:
     assert "between 0.79 and 1.03" in text("choosing.md")
 
 
+@with_results
 def test_quoted_harmful_losses_are_the_recorded_ones() -> None:
     rows = table("choosing.md", "## The easy way out")
     for row, name in zip(rows, ("demo_lora", "demo_full", "stories260k_lora"), strict=True):
@@ -268,6 +273,7 @@ FAULTS = [  # of the record, row by row
 ]
 
 
+@with_results
 def test_reliability_counts_are_the_recorded_ones() -> None:
     rows = table("reliability.md", "Counts on 2 CPU cores")
     counts = {count["fault"]: count for count in record("reliability")["counts"]}
@@ -277,6 +283,7 @@ def test_reliability_counts_are_the_recorded_ones() -> None:
     assert not any(count["lost"] for count in counts.values())
 
 
+@with_results
 @pytest.mark.parametrize(
     ("heading", "result"),
     [("**Five defenses,**", "harmful-ratio-full"), ("**With LoRA**", "harmful-ratio-lora")],
@@ -288,6 +295,7 @@ def test_the_scores_in_the_results_are_the_published_ones(heading: str, result: 
     assert quoted == scores
 
 
+@with_results
 def test_the_tasks_in_the_results_are_the_published_ones() -> None:
     published = (ROOT / "benchmarks/results/harmful_finetuning/tasks-full.md").read_text()
     harmful, accuracy = (
@@ -313,6 +321,7 @@ SETTINGS = [  # of the README's rows: published tables, their column at p = 0.2
 ]
 
 
+@with_results
 def test_the_scores_in_the_readme_are_the_published_ones() -> None:
     methods = ("SFT", "Booster", "Booster, λ warmed up")
     rows = cells(README, "## What it does")
@@ -330,7 +339,8 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
         path, _, anchor = target.partition("#")
         if target.startswith("http"):
             continue
-        assert (ROOT / path).is_file(), target
+        if RESULTS.is_dir() or not path.startswith("benchmarks/results"):
+            assert (ROOT / path).is_file(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"\W+", "-", heading.lower()) for heading in headings]
@@ -350,6 +360,7 @@ def test_no_sentence_of_the_readme_has_more_than_three_numbers() -> None:
         assert len(re.findall(r"\d+(?:\.\d+)*", sentence)) <= 3, sentence
 
 
+@with_results
 def test_images_are_what_the_records_give(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plots = load("plots")
