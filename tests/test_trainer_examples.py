@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -61,3 +62,12 @@ def test_help(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     wanted = ["--lam", "--alpha", "--per_device_harmful_batch_size", "--model", "--max_steps"]
     assert all(flag in shown for flag in wanted)
+
+
+def test_examples_are_short_and_import_no_other() -> None:
+    files = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
+    examples = files.keys() - {"inputs", "mini_language"}
+    for name in examples - {"lora_alignment"}:
+        assert len(files[name].splitlines()) <= 120, name
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", files[name], re.MULTILINE)
+        assert not examples & set(imported), name
