@@ -90,6 +90,8 @@ def read_rows(file: str, prepared: Callable[[Any], Any]) -> list[Any]:
     with reading(file):
         lines = Path(file).read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         with reading(f"{file}, line {number}"):
             if len(line) > 100_000:
                 raise ValueError(f"it has {len(line):,} characters")
