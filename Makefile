@@ -77,7 +77,7 @@ check-site: docs  ## Look at every page of the site in Chromium, at two widths, 
 
 bench-quick: $(INSTALLED)  ## Run every experiment of the benchmark at toy size: the machinery, no claim
 	rm -rf build/bench-quick
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning all --preset quick --seeds 0 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning run all --preset quick --seeds 0 \
 		--cache build/bench-quick/cache --output build/bench-quick
 
 bench-step: $(INSTALLED)  ## Measure what a step costs beside its passes, against rivals

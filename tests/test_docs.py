@@ -224,34 +224,43 @@ def record(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def published() -> tuple[Any, Any, Any]:
+    """The benchmark's published tables, and its modules that read and draw them."""
+    for library in ("peft", "seaborn", "tyro"):
+        pytest.importorskip(library, reason=f"{library}, which the benchmark needs, is absent")
+    from benchmarks.harmful_finetuning import figures, results, tables
+
+    return results.load(), tables, figures
+
+
 @with_results
 def test_quoted_instability_is_the_recorded_one() -> None:
-    plots = pytest.importorskip("matplotlib", reason="matplotlib is not installed") and load(
-        "plots"
-    )
-    runs = plots.traces(record("demo_lora"))
-    recorded = {row["step"]: row for row in runs[2]}
+    records, _, figures = published()
+    lora, full = (figures.demo_traces(records, trained) for trained in ("lora", "full"))
+    recorded = lora[lora["seed"] == "seed 2"].set_index("step")
     names = ("alignment_loss", "harmful_loss", "harmful_loss_drop", "harmful_grad_norm")
     rows = table("choosing.md", "**Instability.**")
     assert [int(row[0]) for row in rows] == [850, 900, 950, 1000]
     for step, *cells in rows:
         for cell, key in zip(cells, (*names, "linearity"), strict=True):
             digits = len(cell.partition(".")[2])
-            assert float(cell.replace("−", "-")) == round(recorded[int(step)][key], digits), cell
+            assert float(cell.replace("−", "-")) == round(recorded.loc[int(step), key], digits)
 
-    quiet = [runs[0], runs[1], *plots.traces(record("demo_full")).values()]
-    quotients = [row["linearity"] for run in quiet for row in run]
+    quotients = [*lora[lora["seed"] != "seed 2"]["linearity"], *full["linearity"]]
     assert (round(min(quotients), 2), round(max(quotients), 2)) == (0.79, 1.03)
     assert "between 0.79 and 1.03" in text("choosing.md")
 
 
 @with_results
 def test_quoted_harmful_losses_are_the_recorded_ones() -> None:
+    records, tables, _ = published()
     rows = table("choosing.md", "## The easy way out")
-    for row, name in zip(rows, ("demo_lora", "demo_full", "stories260k_lora"), strict=True):
-        summary = [entry for entry in record(name)["summary"] if entry["p"] is None]
-        losses = {entry["method"]: f"{entry['harmful_loss']:.2f}" for entry in summary}
-        assert row[1:3] == [losses["sft"], losses["booster"]]
+    runs = (("demo", "lora"), ("demo", "full"), ("stories260k", "lora"))
+    for row, (name, trained) in zip(rows, runs, strict=True):
+        found = tables.answers(records, name, trained, "first")
+        for cell, method in zip(row[1:3], ("sft", "booster"), strict=True):
+            losses = found.by_seed(method, found.values, "before_harmful_loss").values()
+            assert cell == f"{sum(losses) / len(losses):.2f}"
 
 
 FAULTS = [  # of the record, row by row
@@ -283,54 +292,24 @@ def test_reliability_counts_are_the_recorded_ones() -> None:
     assert not any(count["lost"] for count in counts.values())
 
 
-@with_results
-@pytest.mark.parametrize(
-    ("heading", "result"),
-    [("**Five defenses,**", "harmful-ratio-full"), ("**With LoRA**", "harmful-ratio-lora")],
-)
-def test_the_scores_in_the_results_are_the_published_ones(heading: str, result: str) -> None:
-    published = (ROOT / "benchmarks/results/harmful_finetuning" / f"{result}.md").read_text()
-    scores = {row[0]: row[2:7] for row in cells(published, "### Harmful score")}  # p > 0, mean
-    quoted = {row[0]: row[1:6] for row in table("results.md", heading)}
-    assert quoted == scores
-
-
-@with_results
-def test_the_tasks_in_the_results_are_the_published_ones() -> None:
-    published = (ROOT / "benchmarks/results/harmful_finetuning/tasks-full.md").read_text()
-    harmful, accuracy = (
-        {row[0]: [entry.split()[0] for entry in row[1:]] for row in cells(published, f"### {name}")}
-        for name in ("Harmful score", "Finetune accuracy")
-    )
-    quoted = {row[0]: row[1:] for row in table("results.md", "**Four tasks**")}
-    assert quoted == {
-        method: [
-            f"{h} / {a.replace('100.0', '100')}"
-            for h, a in zip(scores, accuracy[method], strict=True)
-        ]
-        for method, scores in harmful.items()
-    }
-
-
 README = (ROOT / "README.md").read_text()
-SETTINGS = [  # of the README's rows: published tables, their column at p = 0.2
-    ("harmful-ratio-full", 5),
-    ("adapters-lora", 2),
-    ("adapters-lora", 1),
-    ("long-attack-full", 1),
+SETTINGS = [  # of the README's rows: published experiments, and their value of the axis
+    ("harmful-ratio", "full", 0.2),
+    ("adapters", "lora", "double"),
+    ("adapters", "lora", "single"),
+    ("long-attack", "full", 0.2),
 ]
 
 
 @with_results
 def test_the_scores_in_the_readme_are_the_published_ones() -> None:
-    methods = ("SFT", "Booster", "Booster, λ warmed up")
+    records, tables, _ = published()
     rows = cells(README, "## What it does")
-    for row, (result, column) in zip(rows, SETTINGS, strict=False):
-        published = (ROOT / "benchmarks/results/harmful_finetuning" / f"{result}.md").read_text()
-        scores = {
-            line[0]: line[column].split()[0] for line in cells(published, "### Harmful score")
-        }
-        assert row[1:4] == [scores[method] for method in methods], row[0]
+    for row, (name, trained, value) in zip(rows, SETTINGS, strict=False):
+        found = tables.answers(records, name, trained)
+        for cell, method in zip(row[1:4], ("sft", "booster", "booster_warmed"), strict=True):
+            scores = found.by_seed(method, [value], "after_harmful_score").values()
+            assert cell == f"{sum(scores) / len(scores):.1f}", (row[0], method)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
@@ -358,19 +337,6 @@ def test_no_sentence_of_the_readme_has_more_than_three_numbers() -> None:
     text = re.sub(r"^```.*?^```|^    .*?$|^\|.*?$|\]\([^)]*\)", "", README, flags=re.M | re.S)
     for sentence in re.split(r"(?<=[.:?])\s", " ".join(text.split())):
         assert len(re.findall(r"\d+(?:\.\d+)*", sentence)) <= 3, sentence
-
-
-@with_results
-def test_images_are_what_the_records_give(tmp_path: Path) -> None:
-    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    plots = load("plots")
-    plots.main(tmp_path)
-    drawn = {image.name: image.read_bytes() for image in tmp_path.iterdir()}
-    kept = {image.name: image.read_bytes() for image in (DOCS / "images").iterdir()}
-    assert kept.keys() == drawn.keys()
-    if f"matplotlib=={matplotlib.__version__};" not in (ROOT / "constraints.txt").read_text():
-        pytest.skip("another matplotlib than the pinned one places things differently")
-    assert kept == drawn
 
 
 # ------------------------------------------------------------------------------------- site
