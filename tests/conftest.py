@@ -47,7 +47,7 @@ PARTS = {
     "loops": ("accelerate", "distributed", "lightning", "peft", "transformers"),
     "peers": ("outside_optimizers", "quantized"),
     "examples": ("examples", "multi_process_examples", "trainer_examples", "hostile_files"),
-    "benchmarks": ("benchmark", "benchmark_methods", "benchmark_report"),
+    "benchmarks": ("benchmark", "benchmark_methods", "benchmark_results"),
     "docs": ("docs", "faq", "site"),
 }
 PART_OF = {f"test_{name}.py": part for part, names in PARTS.items() for name in names}
