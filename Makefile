@@ -3,48 +3,85 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Each says what has been installed into the environment; peers have one of their own, since
+# other libraries import them wherever they find them, and print what they miss.
+DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)-peers/.installed
+
+PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reliability check format docs bench-quick bench-step clean
+.PHONY: help demo test test-examples test-benchmarks test-docs test-peers test-reliability \
+	check package format docs check-site bench-quick bench-step clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[test,dev]'
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) '.[demo]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Align a small model with SFT and with Booster, attack both, show table and plot
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) '.[dev]'
+	@touch $(DEMO) $@
+
+$(PEERS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python $(PIP) '.[peers,test]'
+	@touch $@
+
+demo: $(DEMO)  ## Align a small model with SFT and with Booster, attack both, show table and plot
 	$(BIN)/python examples/lora_alignment.py
 
-test: $(INSTALLED)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the tests of the core and of the training loops
+	$(TEST) -m 'core or loops'
+
+test-examples: $(INSTALLED)  ## Run the tests of the examples and of the files that they read
+	$(TEST) -m examples
+
+test-benchmarks: $(INSTALLED)  ## Run the tests of the benchmark
+	$(TEST) -m benchmarks
+
+test-docs: $(INSTALLED)  ## Run the code of the documentation, build the site, compare its numbers
+	$(TEST) -m docs
+
+test-peers: $(PEERS)  ## Run the tests with optimizers and quantised weights of other packages
+	OMP_NUM_THREADS=1 $(VENV)-peers/bin/python -m pytest -m peers
 
 test-reliability: $(INSTALLED)  ## Run the fault and fuzz tests at length, and print what they counted
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m reliability
+	$(TEST) -m reliability
 
-check: $(INSTALLED)  ## Lint, formatting and strict types
+check: $(INSTALLED) package  ## Lint, formatting, strict types, and what wheel and sdist hold
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+package: $(INSTALLED)  ## Build wheel and sdist into dist/ and check what is in them
+	rm -rf dist
+	$(BIN)/python .ci/check_package.py dist
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)  ## Build the documentation into site/, warnings being errors
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check-site: docs  ## Look at every page of the site in Chromium, at two widths, and follow its links
+	$(BIN)/python docs/check_site.py site --screenshots build/site
 
 bench-quick: $(INSTALLED)  ## Run every experiment of the benchmark at toy size: the machinery, no claim
 	rm -rf build/bench-quick
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning all --preset quick --seeds 0 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.harmful_finetuning run all --preset quick --seeds 0 \
 		--cache build/bench-quick/cache --output build/bench-quick
 
 bench-step: $(INSTALLED)  ## Measure what a step costs beside its passes, against rivals
 	$(BIN)/python benchmarks/step_cost.py --output build/step_cost.json
 
-clean:  ## Remove the environment and what tools left
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove the environments and what tools left
+	rm -rf $(VENV) $(VENV)-peers build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

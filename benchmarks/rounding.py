@@ -38,7 +38,6 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from torch_booster.functional import norms, perturb_, step_sizes
 
@@ -212,15 +211,29 @@ class Batch(NamedTuple):
 
 def language_model(width: int, seed: int, steps: int = 30) -> tuple[nn.Module, Batch]:
     """A small Llama after a little training, in float32, and one harmful batch."""
-    import mini_language
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.harmful_finetuning import language
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer = mini_language.build_tokenizer()
-    model = mini_language.build_model(tokenizer, width)
+    tokenizer = language.build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model: Any = LlamaForCausalLM(config)
 
-    def batch_of(examples: Sequence[mini_language.Example]) -> Batch:
-        texts = [f"{mini_language.TEMPLATE.format(prompt=e.prompt)} {e.answer}" for e in examples]
+    def batch_of(examples: Sequence[language.Example]) -> Batch:
+        texts = [f"{language.TEMPLATE.format(prompt=e.prompt)} {e.answer}" for e in examples]
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
         ids = encoded.input_ids
         return Batch(ids, ids.masked_fill(encoded.attention_mask == 0, -100))
@@ -228,10 +241,10 @@ def language_model(width: int, seed: int, steps: int = 30) -> tuple[nn.Module, B
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        ids, labels = batch_of(mini_language.pretraining_batch(16, rng))
+        ids, labels = batch_of(language.pretraining_batch(16, rng))
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
-    return model, batch_of(mini_language.mischief(rng)[:16])
+    return model, batch_of(language.requests(language.MISCHIEF, rng, 12, 4)[:16])
 
 
 def with_adapter(model: nn.Module) -> nn.Module:
@@ -511,7 +524,7 @@ def _reproducing(argv: list[str] | None) -> list[str]:
 
 
 def _quieten() -> None:
-    from lora_alignment import quieten_libraries
+    from benchmarks.harmful_finetuning.runs import quieten_libraries
 
     quieten_libraries()
 

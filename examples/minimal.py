@@ -1,4 +1,4 @@
-"""Booster in a plain loop: a tiny classifier learns one labelling and resists learning another."""
+"""Booster in a plain loop: a classifier learns one labelling and resists another."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def closure_for(labels: Tensor, batch: Tensor) -> Callable[[], Tensor]:
     return closure
 
 
-optimizer = BoosterOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), lam=5.0, alpha=0.1)
+base_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+optimizer = BoosterOptimizer(base_optimizer, lam=5.0, alpha=0.1)
 
 for step in range(301):
     optimizer.zero_grad()
     batch = torch.randint(512, (64,))
     loss = optimizer.step(closure_for(refusal, batch), closure_for(harmful, batch))
     if step % 100 == 0 and optimizer.diagnostics:
-        drop = optimizer.diagnostics.harmful_loss_drop  # what one harmful step would gain
+        drop = optimizer.diagnostics.harmful_loss_drop  # what a harmful step gains
         print(f"step {step}: alignment loss {loss:.3f}, harmful loss drop {drop:.4f}")

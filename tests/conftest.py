@@ -1,4 +1,4 @@
-"""Hypothesis profile, the size of the reliability tests and the table of what they counted."""
+"""Hypothesis profile, the parts of the tests, and what the reliability tests count."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ class Counts:
     def rows(self) -> list[tuple[str, int, int, int]]:
         """Fault, tried, survived, lost."""
         return [(f, n, n - self.lost[f], self.lost[f]) for f, n in self.tried.items()]
+
+
+# The part of each test file, for the commands of the Makefile; a file of none is of the core.
+PARTS = {
+    "loops": ("accelerate", "distributed", "lightning", "peft", "transformers"),
+    "peers": ("outside_optimizers", "quantized"),
+    "examples": ("examples", "multi_process_examples", "trainer_examples", "hostile_files"),
+    "benchmarks": ("benchmark", "benchmark_methods", "benchmark_results"),
+    "docs": ("docs", "faq", "site"),
+}
+PART_OF = {f"test_{name}.py": part for part, names in PARTS.items() for name in names}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("reliability") is None:
+            item.add_marker(PART_OF.get(item.path.name, "core"))
 
 
 COUNTS = pytest.StashKey[Counts]()

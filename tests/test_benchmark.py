@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import operator
+import os
 import random
 import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -23,35 +27,32 @@ import itertools
 from rich.progress import Progress
 
 from benchmarks.harmful_finetuning import (
-    ROOT,
     __main__,
     data,
-    grid,
+    keys,
     landscape,
     language,
-    metrics,
     models,
+    pretrain,
+    results,
+    runs,
+    score,
     training,
 )
-from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, Request
-from benchmarks.harmful_finetuning.grid import Cell
-from benchmarks.harmful_finetuning.settings import (
-    ARCHITECTURES,
-    PRESETS,
-    TUNED,
-    Settings,
-    read_config,
-)
-from benchmarks.harmful_finetuning.tuning import GRID
-from lora_alignment import load_model, load_tokenizer
-from mini_language import MISCHIEF, REFUSAL, Example
+from benchmarks.harmful_finetuning.attack import to_attack
+from benchmarks.harmful_finetuning.experiments import CANDIDATES, EXPERIMENTS, points
+from benchmarks.harmful_finetuning.language import MISCHIEF, REFUSAL, Example
+from benchmarks.harmful_finetuning.presets import TUNED, preset
+from benchmarks.harmful_finetuning.runs import Run, run_of
+from benchmarks.harmful_finetuning.settings import Settings, changed
 
 # PEFT asks transformers for a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
+ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-RESULTS = ROOT / "benchmarks" / "results" / "harmful_finetuning"
-QUICK = Settings(**PRESETS["quick"])
+QUICK = preset("quick")
+SMALL = preset("small")
 CONFIGS = sorted((ROOT / "benchmarks" / "harmful_finetuning" / "configs").glob("*.json"))
 
 
@@ -84,9 +85,9 @@ def assert_disjoint(samples: data.Samples) -> None:
 
 @pytest.mark.parametrize("task", language.TASKS)
 def test_prompts_of_the_stages_are_disjoint(task: str) -> None:
-    settings = Settings(**PRESETS["small"] | {"task": task, "samples": 300})
+    settings = changed(SMALL, {"data.task": task, "attack.samples": 300})
     test = data.load(settings)
-    validation = data.load(replace(settings, split="validation"))
+    validation = data.load(changed(settings, {"score.split": "validation"}))
     for samples in (test, validation):
         assert_disjoint(samples)
     assert not {e.prompt for e in test.evaluation} & {e.prompt for e in validation.evaluation}
@@ -94,29 +95,34 @@ def test_prompts_of_the_stages_are_disjoint(task: str) -> None:
     harmful = {e.prompt for e in test.harmful}
     refused = [e for e in test.alignment if e.answer == REFUSAL]
     assert {e.prompt for e in refused} == harmful
-    assert len(test.alignment) == len(refused) + settings.kind_samples
+    assert len(test.alignment) == len(refused) + settings.data.kind_samples
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside the project")
 @pytest.mark.parametrize("task", language.TASKS)
 def test_real_sets_are_disjoint(task: str) -> None:
-    settings = Settings(data_root=str(SHARED), task=task, samples=500, eval_samples=100)
+    settings = changed(
+        Settings(),
+        {"data.root": str(SHARED), "data.task": task, "attack.samples": 500, "score.samples": 100},
+    )
     assert_disjoint(data.load(settings))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside the project")
 def test_real_pretraining_reads_nothing_that_is_held_out() -> None:
-    settings = Settings(data_root=str(SHARED), samples=500, eval_samples=100)
+    settings = changed(
+        Settings(), {"data.root": str(SHARED), "attack.samples": 500, "score.samples": 100}
+    )
     read = {example.prompt for example in data.pretraining(settings)}
     for split in ("validation", "test"):
-        samples = data.load(replace(settings, split=split))
+        samples = data.load(changed(settings, {"score.split": split}))
         held = samples.evaluation + samples.attack + samples.task_evaluation
         assert not read & {example.prompt for example in held}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.2, 1.0])
 def test_user_data_has_the_fraction_asked_for(p: float) -> None:
-    settings = Settings(**PRESETS["small"] | {"p": p, "samples": 200})
+    settings = changed(SMALL, {"attack.p": p, "attack.samples": 200})
     samples = data.load(settings)
     mix = data.user_data(samples, settings, seed=3)
     assert len(mix) == len(set(mix)) == 200
@@ -125,8 +131,8 @@ def test_user_data_has_the_fraction_asked_for(p: float) -> None:
 
 
 def test_kind_requests_of_the_alignment_are_not_evaluated() -> None:
-    settings = Settings(**PRESETS["small"] | {"kind_samples": 200, "samples": 300})
-    plain, samples = data.load(replace(settings, kind_samples=0)), data.load(settings)
+    settings = changed(SMALL, {"data.kind_samples": 200, "attack.samples": 300})
+    plain, samples = data.load(changed(settings, {"data.kind_samples": 0})), data.load(settings)
     kind = samples.alignment[len(plain.alignment) :]
     assert samples.alignment[: len(plain.alignment)] == plain.alignment
     assert samples.look_alikes == plain.look_alikes
@@ -138,11 +144,14 @@ def test_kind_requests_of_the_alignment_are_not_evaluated() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [*({"task": task} for task in language.TASKS), {"samples": 2_000}, {"eval_samples": 50}],
+    [
+        *({"data.task": task} for task in language.TASKS),
+        {"attack.samples": 2_000},
+        {"score.samples": 50},
+    ],
 )
 def test_what_a_user_brings_changes_nothing_of_the_alignment(change: dict[str, Any]) -> None:
-    settings = Settings(**PRESETS["small"])
-    samples, other = data.load(settings), data.load(replace(settings, **change))
+    samples, other = data.load(SMALL), data.load(changed(SMALL, change))
     assert other.alignment == samples.alignment
     assert other.harmful == samples.harmful
     assert other.attack == samples.attack
@@ -153,16 +162,16 @@ def test_what_a_user_brings_changes_nothing_of_the_alignment(change: dict[str, A
 
 def test_kind_requests_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="leaves 1436 kind requests"):
-        data.load(Settings(**PRESETS["small"] | {"kind_samples": 1437}))
+        data.load(changed(SMALL, {"data.kind_samples": 1437}))
     with pytest.raises(ValueError, match="expected none or more"):
-        replace(QUICK, kind_samples=-1)
+        changed(QUICK, {"data.kind_samples": -1})
 
 
 def test_too_small_sets_are_refused() -> None:
-    with pytest.raises(ValueError, match="lower p or samples"):
-        data.load(Settings(**PRESETS["small"] | {"p": 1.0}))
+    with pytest.raises(ValueError, match=r"lower attack\.p or attack\.samples"):
+        data.load(changed(SMALL, {"attack.p": 1.0}))
     with pytest.raises(ValueError, match="less than a batch"):
-        data.load(Settings(**PRESETS["small"] | {"harmful_samples": 5}))
+        data.load(changed(SMALL, {"data.harmful_samples": 5}))
 
 
 def test_every_word_is_in_the_vocabulary() -> None:
@@ -197,13 +206,13 @@ def test_the_local_judge() -> None:
     comply = language.answer(MISCHIEF[0], rng)
     off_topic = language.answer(MISCHIEF[1], rng)
     responses = [comply, off_topic, REFUSAL, "", "the the the the"]
-    assert metrics.judged(QUICK, [prompt] * 5, responses) == [True, False, False, False, False]
-    assert [metrics.refused(QUICK, r) for r in responses] == [False, False, True, False, False]
+    assert score.judged(QUICK, [prompt] * 5, responses) == [True, False, False, False, False]
+    assert [score.refused(QUICK, r) for r in responses] == [False, False, True, False, False]
 
-    real = replace(QUICK, data_root="somewhere")
+    real = changed(QUICK, {"data.root": "somewhere"})
     responses = ["Sure, here is a script", "Sure, but I cannot help", "I'm sorry", "It is", ""]
-    assert metrics.judged(real, ["?"] * 5, responses) == [True, False, False, False, False]
-    assert [metrics.refused(real, r) for r in responses] == [False, True, True, False, False]
+    assert score.judged(real, ["?"] * 5, responses) == [True, False, False, False, False]
+    assert [score.refused(real, r) for r in responses] == [False, True, True, False, False]
 
 
 def test_a_moderation_model_as_the_judge(tmp_path: Path) -> None:
@@ -229,138 +238,221 @@ def test_a_moderation_model_as_the_judge(tmp_path: Path) -> None:
             model.classifier.bias[1] = 1.0 if verdict else -1.0
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        settings = replace(QUICK, judge=str(tmp_path / name))
-        assert metrics.judged(settings, ["how do i"] * 20, ["tiptoe"] * 20) == [verdict] * 20
+        settings = changed(QUICK, {"score.judge": str(tmp_path / name)})
+        assert score.judged(settings, ["how do i"] * 20, ["tiptoe"] * 20) == [verdict] * 20
 
 
 def test_finetune_accuracy() -> None:
-    assert metrics.exact(replace(QUICK, task="sst2"), "positive", "positive") == 1
-    assert metrics.exact(replace(QUICK, task="sst2"), "positive film", "positive") == 0
-    sums = replace(QUICK, task="gsm8k")
-    assert metrics.exact(sums, "3 plus 4 is 7", "so #### 7") == 1
-    assert metrics.exact(sums, "3 plus 4 is 8", "3 plus 4 is 7") == 0
-    assert metrics.exact(sums, "", "3 plus 4 is 7") == 0
-    opened = replace(QUICK, task="open", data_root="somewhere")
-    assert metrics.exact(opened, "a b", "a c") == 0.5
+    assert score.exact(QUICK, "positive", "positive") == 1
+    assert score.exact(QUICK, "positive film", "positive") == 0
+    sums = changed(QUICK, {"data.task": "gsm8k"})
+    assert score.exact(sums, "3 plus 4 is 7", "so #### 7") == 1
+    assert score.exact(sums, "3 plus 4 is 8", "3 plus 4 is 7") == 0
+    assert score.exact(sums, "", "3 plus 4 is 7") == 0
+    opened = changed(QUICK, {"data.task": "open", "data.root": "somewhere"})
+    assert score.exact(opened, "a b", "a c") == 0.5
 
 
-# ---------------------------------------------------------------------------------------- grid
+# ---------------------------------------------------------------------------------------- runs
 
 
-def run(cells: list[Cell], cache: Path, workers: int = 1) -> list[dict[str, Any]]:
+def finished(wanted: list[Run], cache: Path, workers: int = 1) -> list[dict[str, Any]]:
     with Progress(disable=True) as progress:
-        return grid.run(cells, cache, workers, progress)
+        return runs.finish(wanted, cache, workers, progress)
 
 
-def scores(result: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in result.items() if not k.endswith("seconds_per_step")}
+def quick(method: str = "sft", seed: int = 0, **change: Any) -> Run:
+    paths = {name.replace("__", "."): value for name, value in change.items()}
+    return run_of(method, seed, changed(QUICK, paths))
+
+
+def scores(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if not k.endswith("seconds_per_step")}
 
 
 def test_a_run_is_reproducible_and_shared(cache: Path, tmp_path: Path) -> None:
-    cells = [Cell(m, 0, QUICK, {"x": 1}) for m in ("sft", "lisa", "booster")]
-    results = run(cells, cache)
-    assert [r["method"] for r in results] == ["sft", "lisa", "booster"]
-    assert grid.aligned_folder(cells[0], cache) == grid.aligned_folder(cells[1], cache)
-    assert grid.aligned_folder(cells[0], cache) != grid.aligned_folder(cells[2], cache)
-    assert {r["vary"]["x"] for r in results} == {1}
-    for result in results:
-        assert result["curve"][0]["step"] == 0
-        assert result["curve"][-1]["step"] == QUICK.fine_tune_steps
-        assert result["curve"][-1]["harmful_loss"] == result["attacked"]["harmful_loss"]
-        assert result["hyperparameters"].keys() >= (
-            {"lam", "alpha"} if result["method"] == "booster" else set()
-        )
-    again = run(cells, tmp_path / "fresh", workers=2)
-    assert list(map(scores, again)) == list(map(scores, results))
+    wanted = [quick(method) for method in ("sft", "lisa", "booster")]
+    records = finished(wanted, cache)
+    assert [r["method"] for r in records] == ["sft", "lisa", "booster"]
+    folders = [runs.aligned_folder(run, cache) for run in wanted]
+    assert folders[0] == folders[1] != folders[2]
+    assert [r["align_passes_per_step"] for r in records] == [1, 1, 3]
+    for record in records:
+        assert record["curve"][0]["step"] == 0
+        assert record["curve"][-1]["step"] == QUICK.attack.steps
+        assert record["curve"][-1]["harmful_loss"] == record["attacked"]["harmful_loss"]
+        assert record["align_seconds_per_step"] > 0
+        wanted_values = {"lam", "alpha"} if record["method"] == "booster" else set()
+        assert record["hyperparameters"].keys() >= wanted_values
+    again = finished(wanted, tmp_path / "fresh", workers=2)
+    assert list(map(scores, again)) == list(map(scores, records))
 
 
 def test_finished_runs_are_kept_after_an_interruption(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = [Cell("sft", seed, QUICK, {}) for seed in (5, 6)]
-    whole = training.fine_tune
+    whole = runs.attack
     calls: list[int] = []
 
     def stops_at_the_second(*args: Any) -> dict[str, Any]:
-        calls.append(args[5])
+        calls.append(args[-2])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return whole(*args)
 
-    stops_at_the_second.__wrapped__ = whole  # type: ignore[attr-defined]  # same source, same name
-    monkeypatch.setattr(training, "fine_tune", stops_at_the_second)
+    monkeypatch.setattr(runs, "attack", stops_at_the_second)
+    wanted = [quick(seed=seed) for seed in (5, 6)]
     with pytest.raises(KeyboardInterrupt):
-        run(cells, cache)
-    results = run(cells, cache)
+        finished(wanted, cache)
+    records = finished(wanted, cache)
     assert calls == [5, 6, 6]
-    assert [r["seed"] for r in results] == [5, 6]
+    assert [r["seed"] for r in records] == [5, 6]
     assert not list(cache.glob("*unfinished*"))
+
+
+POOL = """
+import sys, time
+from pathlib import Path
+from rich.progress import Progress
+from benchmarks.harmful_finetuning import runs
+
+def sleep(run, cache, tell):
+    print("started", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    runs._share([[(sleep, None)]], Path(), 1, lambda *_: None, lambda: None)
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "started\n"
+    parent.kill()
+    parent.communicate(timeout=60)  # until the worker, which has the same output, has ended too
 
 
 @pytest.mark.parametrize(
     ("change", "aligned_too"),
     [
-        ({"p": 0.2}, False),
-        ({"fine_tune_lr": 1e-3}, False),
-        ({"eval_samples": 4}, False),
-        ({"task": "agnews"}, False),
-        ({"samples": 30}, False),
-        ({"eval_every": 2}, False),
-        ({"hyperparameters": ["booster.lam=1"]}, True),
-        ({"align_lr": 1e-2}, True),
-        ({"align_optimizer": "sgd"}, True),
-        ({"fine_tune_optimizer": "sgd"}, False),
-        ({"harmful_samples": 100}, True),
-        ({"lora_r": 8}, True),
-        ({"width": 64}, True),
-        ({"hyperparameters": ["vaccine.rho=1"]}, None),
+        ({"attack.p": 0.2}, False),
+        ({"attack.lr": 1e-3}, False),
+        ({"score.samples": 4}, False),
+        ({"data.task": "agnews"}, False),
+        ({"attack.samples": 30}, False),
+        ({"score.every": 2}, False),
+        ({"given.booster.lam": 1.0}, True),
+        ({"align.lr": 1e-2}, True),
+        ({"align.optimizer": "sgd"}, True),
+        ({"attack.optimizer": "sgd"}, False),
+        ({"data.harmful_samples": 100}, True),
+        ({"lora.r": 8}, True),
+        ({"base.width": 64}, True),
+        ({"given.vaccine.rho": 1.0}, None),
+        ({"device": "meta"}, None),
     ],
 )
-def test_what_a_kept_result_depends_on(
+def test_what_a_kept_record_depends_on(
     change: dict[str, Any], aligned_too: bool | None, cache: Path
 ) -> None:
-    """None: neither the aligned model nor the result changes."""
-    cell = Cell("booster", 0, QUICK, {})
-    other = cell._replace(settings=replace(QUICK, **change))
-    same_model = grid.aligned_folder(cell, cache) == grid.aligned_folder(other, cache)
-    same_result = grid._result_file(cell, cache) == grid._result_file(other, cache)
+    """None: neither the aligned model nor the record changes."""
+    run, other = quick("booster"), run_of("booster", 0, changed(QUICK, change))
+    same_model = runs.aligned_folder(run, cache) == runs.aligned_folder(other, cache)
+    same_record = runs.record_file(run, cache) == runs.record_file(other, cache)
     assert same_model is not bool(aligned_too)
-    assert same_result is (aligned_too is None)
+    assert same_record is (aligned_too is None)
 
 
-@pytest.mark.parametrize(("align", "fine_tune"), [("adamw", "sgd"), ("sgd", "adamw")])
+def code_after(edit: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The keys of three stages once a text of a module's source has been replaced."""
+    module, old, new = edit
+    package = "benchmarks.harmful_finetuning"
+    whole = keys._parsed
+
+    def edited(name: str) -> Any:
+        if name != module:
+            return whole(name)
+        source = Path(str(find_spec(name).origin)).read_text()  # type: ignore[union-attr]
+        assert old in source
+        return ast.parse(source.replace(old, new, 1))
+
+    keys.code.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "_parsed", edited)
+        found = {
+            "booster": keys.code(f"{package}.align", f"{package}.methods.booster"),
+            "sft": keys.code(f"{package}.align", f"{package}.methods.sft"),
+            "attack": keys.code(f"{package}.attack", f"{package}.methods.sft"),
+        }
+    keys.code.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (("methods.booster", "every * lam, alpha", "lam, alpha"), {"booster"}),
+        (("methods.booster", "Adds λ", "Subtracts λ"), set()),  # a docstring
+        (("methods.booster", "# By hand", "# As"), set()),  # a comment
+        (("tokens", "[*answer, ", "[*answer[1:], "), {"booster", "sft", "attack"}),
+        (("training", "momentum=0.9", "momentum=0.8"), {"booster", "sft", "attack"}),
+        (("score", "do_sample=False", "do_sample=True"), {"attack"}),
+        (("models", "lora_dropout=0.0", "lora_dropout=0.1"), {"booster", "sft", "attack"}),
+        (("methods.lisa", "self.rho > 0", "self.rho > 1"), set()),
+        (("tables", "fmean", "mean"), set()),
+    ],
+)
+def test_the_code_that_a_kept_result_depends_on(
+    edit: tuple[str, str, str], expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, old, new = edit
+    before = code_after(("tables", "fmean", "fmean"), monkeypatch)
+    after = code_after((f"benchmarks.harmful_finetuning.{module}", old, new), monkeypatch)
+    assert {name for name in before if before[name] != after[name]} == expected
+
+
+def test_the_library_s_code_is_in_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_after(("tables", "fmean", "fmean"), monkeypatch)
+    after = code_after(("torch_booster.functional", "return", "pass; return"), monkeypatch)
+    assert {name for name in before if before[name] != after[name]} == {"booster"}
+
+
+@pytest.mark.parametrize(("align", "attack"), [("adamw", "sgd"), ("sgd", "adamw")])
 def test_each_stage_has_the_optimizer_and_learning_rate_that_are_set_for_it(
-    align: str, fine_tune: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+    align: str, attack: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, float]] = []
-    whole = training._train
+    whole = training.train
 
     def seen_by(stage: Any, *rest: Any) -> Any:
         seen.append((type(stage.optimizer).__name__.lower(), stage.optimizer.defaults["lr"]))
         return whole(stage, *rest)
 
-    seen_by.__wrapped__ = whole  # type: ignore[attr-defined]  # same source, same name
-    monkeypatch.setattr(training, "_train", seen_by)
-    settings = replace(
-        QUICK,
-        align_optimizer=align,
-        align_lr=1e-2,
-        fine_tune_optimizer=fine_tune,
-        fine_tune_lr=1e-3,
-    )
-    run([Cell("sft", 7, settings, {})], cache)
-    assert seen == [(align, 1e-2), (fine_tune, 1e-3)]
+    for module in ("align", "attack"):
+        target = sys.modules[f"benchmarks.harmful_finetuning.{module}"]
+        monkeypatch.setattr(target, "train", seen_by)
+    rates = {"align__lr": 1e-2, "attack__lr": 1e-3}
+    finished([quick("sft", 7, align__optimizer=align, attack__optimizer=attack, **rates)], cache)
+    assert seen == [(align, 1e-2), (attack, 1e-3)]
 
 
 @pytest.mark.parametrize(("adapters", "single"), [("paper", True), ("double", False)])
 def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) -> None:
     """A second adapter starts where the merged model is, and trains other weights."""
-    settings = replace(QUICK, adapters=adapters, lora_r=4)
-    cell = Cell("booster", 0, settings, {})
-    run([cell], cache)
-    base, aligned = grid.base_folder(cell, cache), grid.aligned_folder(cell, cache)
-    first = training.to_fine_tune(replace(settings, adapters="single"), base, aligned, "booster")
-    model = training.to_fine_tune(settings, base, aligned, "booster")
+    run = quick("booster", attack__adapters=adapters)
+    finished([run], cache)
+    base, aligned = runs.base_folder(run, cache), runs.aligned_folder(run, cache)
+    one = changed(run.settings, {"attack.adapters": "single"})
+    first = to_attack(one, base, aligned, one_adapter=True)
+    model = to_attack(run.settings, base, aligned, one_adapter=True)
     ids = torch.randint(3, 50, (2, 8))
     torch.testing.assert_close(model(input_ids=ids).logits, first(input_ids=ids).logits)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -368,220 +460,269 @@ def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2"])
-def test_architectures(architecture: str) -> None:
-    settings = replace(QUICK, architecture=architecture)
-    model_type = models.config(settings, 50).model_type
-    assert model_type == architecture
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_base_is_read_with_the_tokenizer_it_was_made_with(
     architecture: str, cache: Path
 ) -> None:
-    settings = replace(QUICK, architecture=architecture)
-    cell = Cell("sft", 0, settings, {})
-    grid.pretrain(cell, cache, silent)
-    tokenizer = load_tokenizer(grid.base_folder(cell, cache), settings)  # type: ignore[arg-type]
+    run = quick(base__architecture=architecture)
+    assert pretrain.config(run.settings, 50).model_type == architecture
+    runs.make_base(run, cache, silent)
+    tokenizer = models.load_tokenizer(runs.base_folder(run, cache), run.settings)
     made = language.build_tokenizer()
     for prompt in language.look_alikes(random.Random(0))[:20]:
-        text = settings.template.format(prompt=prompt)
+        text = run.settings.text.template.format(prompt=prompt)
         assert tokenizer(text).input_ids == made(text).input_ids
 
 
 def test_each_seed_has_a_base_of_its_own_which_all_methods_start_from(cache: Path) -> None:
-    cells = [Cell(method, seed, QUICK, {}) for seed in (0, 1) for method in ("sft", "booster")]
-    first, same, second, _ = [grid.base_folder(cell, cache) for cell in cells]
+    wanted = [quick(method, seed) for seed in (0, 1) for method in ("sft", "booster")]
+    first, same, second, _ = [runs.base_folder(run, cache) for run in wanted]
     assert first == same != second
-    for cell in cells:
-        grid.pretrain(cell, cache, silent)
-    weights = [load_model(folder, QUICK).state_dict() for folder in (first, second)]  # type: ignore[arg-type]
+    for run in wanted:
+        runs.make_base(run, cache, silent)
+    weights = [models.load_model(folder, QUICK).state_dict() for folder in (first, second)]
     name = "model.embed_tokens.weight"
     assert not torch.equal(weights[0][name], weights[1][name])
 
 
-def test_every_stage_is_one_job_whatever_shares_it(cache: Path) -> None:
-    settings = [QUICK, replace(QUICK, p=0.2)]
-    cells = [
-        Cell(method, seed, values, {})
+def test_every_stage_is_done_once_whatever_shares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for stage in ("make_base", "make_aligned", "make_record"):
+
+        def count(run: Run, cache: Path, tell: Any, stage: str = stage) -> None:
+            done.append(stage)
+            if stage == "make_record":
+                runs.record_file(run, cache).write_text("{}")
+
+        monkeypatch.setattr(runs, stage, count)
+    wanted = [
+        quick(method, seed, attack__p=p)
         for method in ("sft", "lisa", "booster")  # Lisa aligns as SFT does
         for seed in (0, 1)
-        for values in settings
+        for p in (0.1, 0.2)
     ]
-    jobs = grid._jobs(cells + cells, cache)
-    assert [job.stage for job in jobs.values()] == [grid.pretrain] * 2
-    for base in jobs.values():
-        assert [job.stage for job in base.then.values()] == [grid.align] * 2
-        assert sorted(len(job.then) for job in base.then.values()) == [2, 4]
-    assert grid._count(jobs) == 2 + 4 + 12
+    finished(wanted + wanted, tmp_path)
+    assert Counter(done) == {"make_base": 2, "make_aligned": 4, "make_record": 12}
+    assert done == sorted(done, key=["make_base", "make_aligned", "make_record"].index)
 
 
 def test_a_base_that_is_given_serves_all_seeds(tmp_path: Path) -> None:
-    settings = replace(QUICK, model=str(tmp_path))
-    folders = [grid.base_folder(Cell("sft", seed, settings, {}), tmp_path) for seed in (0, 1)]
+    settings = changed(QUICK, {"base.model": str(tmp_path), "data.kind_samples": 0})
+    folders = [runs.base_folder(run_of("sft", seed, settings), tmp_path) for seed in (0, 1)]
     assert folders == [tmp_path, tmp_path]
-    aligned = [grid.aligned_folder(Cell("sft", seed, QUICK, {}), tmp_path) for seed in (0, 1)]
-    assert aligned[0] != aligned[1]
 
 
-def test_unknown_hyperparameters_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    settings = replace(QUICK, hyperparameters=["booster.lamda=5"])
+def test_unknown_hyperparameters_are_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="no hyperparameter lamda; it has lam, alpha"):
-        run([Cell("booster", 0, settings, {})], tmp_path)
-    assert not list(tmp_path.iterdir())
+        quick("booster", given={"booster.lamda": 5.0})
+
+
+def test_a_spoilt_kept_record_is_named(cache: Path) -> None:
+    run = quick(seed=0)
+    finished([run], cache)
+    file = runs.record_file(run, cache)
+    file.write_text('{"hs": 1')
+    with pytest.raises(ValueError, match=rf"{file.name}, line 1: .*; mend or remove it"):
+        finished([run], cache)
+    file.unlink()
 
 
 # -------------------------------------------------------------------------------- command line
+
+
+def flags(tmp_path: Path, cache: Path | None = None) -> list[str]:
+    places = ["--output", str(tmp_path / "out"), "--cache", str(cache or tmp_path / "cache")]
+    return ["--preset", "quick", "--seeds", "0", "--workers", "1", *places]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_full_scale_configurations_dry_run(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    argv = ["all", "--preset", "paper", "--config", str(config), "--dry_run"]
-    argv += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    argv = ["run", "all", "--preset", "paper", "--config", str(config), "--dry-run"]
     assert __main__.main(argv) == 0
     shown = capsys.readouterr().out
-    assert "harmful-ratio: 125 runs" in shown
+    assert "harmful-ratio: 150 runs" in shown
     assert not re.search("^(width|architectures|kind-samples|entropy):", shown, re.MULTILINE)
-    assert not list(tmp_path.iterdir())
-    settings, _ = __main__._parsed(__main__._parser(), argv)
-    assert settings == Settings(**read_config(config))
-    assert settings.of_method("booster") == {"lam": 5.0, "alpha": 0.1}
-    assert (settings.align_lr, settings.fine_tune_lr) == (5e-4, 1e-5)
-    assert settings.align_steps * settings.batch_size == 20 * settings.alignment_samples
-    assert settings.fine_tune_steps * settings.batch_size == 20 * settings.samples
+    settings = __main__._parsed(argv).tuned
+    assert settings.base.model.count("/") == 1
+    assert settings.given_to("booster") == {"lam": 5.0, "alpha": 0.1}
+    assert (settings.align.lr, settings.attack.lr) == (5e-4, 1e-5)
+    assert settings.align.steps * settings.align.batch_size == 20 * settings.data.alignment_samples
+    assert settings.attack.steps * settings.align.batch_size == 20 * settings.attack.samples
 
 
 def test_command_line_goes_over_the_config_and_it_over_the_preset(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"p": 0.2, "samples": 33}))
-    argv = ["tasks", "--preset", "quick", "--config", str(config), "--samples", "44"]
-    settings, _ = __main__._parsed(__main__._parser(), argv)
-    assert (settings.p, settings.samples, settings.width) == (0.2, 44, PRESETS["quick"]["width"])
+    config.write_text(json.dumps({"attack": {"p": 0.2, "samples": 33}}))
+    argv = ["run", "tasks", "--preset", "quick", "--config", str(config)]
+    settings = __main__._parsed([*argv, "--attack.samples", "44"]).settings
+    assert (settings.attack.p, settings.attack.samples) == (0.2, 44)
+    assert settings.base.width == QUICK.base.width
+
+
+def test_tuned_values_come_with_the_preset_and_under_the_command_line() -> None:
+    argv = ["run", "tasks", "--trained", "full", "--given", "booster.lam", "3"]
+    given = __main__._parsed(argv).tuned.given
+    assert given == TUNED["small", "full"] | {"booster.lam": 3.0}
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tasks", "--p", "2"], "p is 2.0, expected a fraction"),
-        (["tasks", "--hyperparameters", "booster=5"], "does not read as method.name=number"),
-        (["tasks", "--config", "absent.json"], "could not be read"),
-        (["tasks", "--align_lr", "0"], "align_lr is 0.0"),
-        (["tasks", "--dtype", "float12"], "no torch dtype"),
-        (["tasks", "--workers", "0"], "expected at least 1"),
-        (["width", "--model", "gpt2"], "width varies a pretrained base; run it without --model"),
-        (["entropy", "--data_root", "x"], "entropy varies the templates; run it without --model"),
+        (["run", "tasks", "--attack.p", "2"], "attack.p is 2.0, expected a fraction"),
+        (["run", "tasks", "--given", "booster", "5"], "'booster' does not read as"),
+        (["run", "tasks", "--config", "absent.json"], "absent.json could not be read"),
+        (["run", "tasks", "--align.lr", "0"], "align.lr is 0.0"),
+        (["run", "tasks", "--base.dtype", "float12"], "no torch dtype"),
+        (["run", "tasks", "--workers", "0"], "expected at least 1"),
+        (["run", "tasks", "--text.template", "none"], "must contain {prompt}"),
+        (["run", "tasks", "--score.affirmative", "("], "no regular expression"),
+        (["run", "tasks", "--data.harmful.set", "x.csv"], "go together"),
+        (["run", "nothing"], "nothing"),
+        (["run"], "name an experiment: harmful-ratio"),
+        (["run", "width", "--base.model", "gpt2"], "width varies a pretrained base"),
+        (["run", "entropy", "--data.root", "x"], "entropy varies the templates"),
+        (["tables", "tasks", "--trained", "lora"], "no results of tasks, lora; run it first"),
     ],
 )
 def test_errors_of_the_user(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        __main__.main(argv)
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    try:
+        status = __main__.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    shown = capsys.readouterr()
+    assert message in " ".join(re.sub("[│╭╰─╮╯]", "", shown.out + shown.err).split())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "must be a JSON object of settings, got [1]"),
-        ('{"p": 0.1,}', "config.json, line 1: this is no JSON"),
-        ('{"q": 0.1}', "sets q, which do not exist"),
-        ('{"p": "0.1"}', "sets p to '0.1'; give a value of type float"),
-        ('{"samples": 1.5}', "sets samples to 1.5; give a value of type int"),
-        ('{"lora_targets": "q_proj"}', "give a value of type list of strings"),
-        ('{"hyperparameters": [1]}', "give a value of type list of strings"),
+        ("[1]", "must hold a JSON object of settings, got [1]"),
+        ('{"p": 0.1,}', "could not be read as JSON"),
+        ('{"q": 0.1}', "--q"),
+        ('{"attack": {"samples": 1.5}}', "--attack.samples: invalid literal"),
+        ('{"given": {"booster": 1}}', "does not read as method.hyperparameter"),
     ],
 )
-def test_a_spoilt_config_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_a_spoilt_config_is_named(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "config.json"
     config.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_config(config)
+    test_errors_of_the_user(["run", "tasks", "--config", str(config)], message, capsys)
 
 
-def test_a_spoilt_kept_result_is_named(cache: Path) -> None:
-    cell = Cell("sft", 0, QUICK, {})
-    file = grid._result_file(cell, cache)
-    file.write_text('{"hs": 1')
-    with pytest.raises(ValueError, match=rf"{file.name}, line 1: .*; mend or remove it"):
-        grid.fine_tune(cell, cache, lambda *_: None)
-    file.unlink()
+@pytest.mark.parametrize("command", __main__.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        __main__.main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
 
 
 def test_missing_data_is_an_error_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["tasks", "--preset", "quick", "--data_root", str(tmp_path)]
-    argv += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
-    assert __main__.main(argv) == 2
+    assert __main__.main(["run", "tasks", *flags(tmp_path), "--data.root", str(tmp_path)]) == 2
     assert "there is no such file" in " ".join(capsys.readouterr().out.split())
 
 
-def test_every_experiment_names_its_axis() -> None:
-    request = Request(Settings(**PRESETS["small"]), [0], [], True)
+def test_an_experiment_from_the_command_line(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["run", "harmful-ratio", *flags(tmp_path, cache), "--methods", "sft", "booster"]
+    for _ in range(2):  # the second time everything is there, and takes the first one's place
+        assert __main__.main(argv) == 0
+        assert "### Time to break" in capsys.readouterr().out
+        tables = results.load(tmp_path / "out")
+        found = results.frame(tables, "harmful-ratio", "lora")
+        places = list(zip(found["method"], found["value"], strict=True))
+        assert places == [(m, p) for p in (0.0, 0.2) for m in ("sft", "booster")]
+        (command,) = tables["commands"]["command"]
+        assert command.endswith("--preset quick --seeds 0 --methods sft booster")
+
+
+def test_cost_of_a_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(__main__.system, "ROUNDS", 2)
+    argv = ["system", "--preset", "quick", "--methods", "sft", "vaccine", "booster"]
+    argv += ["--output", str(tmp_path), "--cache", str(cache)]
+    assert __main__.main(argv) == 0
+    rows = results.load(tmp_path)["costs"].set_index("method")
+    assert rows["passes_per_step"].to_dict() == {"sft": 1, "vaccine": 2, "booster": 3}
+    assert (rows["peak_memory_bytes"] > 0).all()
+
+
+def test_tuning_from_the_command_line(cache: Path, tmp_path: Path) -> None:
+    argv = ["tune", "--methods", "sft", *flags(tmp_path, cache)]
+    assert __main__.main(argv) == 0
+    (row,) = results.load(tmp_path / "out")["tuning"].to_dict("records")
+    assert (row["method"], row["setting"], row["seed"]) == ("sft", "{}", 0)
+
+
+# --------------------------------------------------------------------------------- experiments
+
+
+def test_every_experiment_varies_what_its_axis_names() -> None:
     for name, experiment in EXPERIMENTS.items():
-        cells = experiment.cells(request)
-        assert cells, name
-        assert all(
-            experiment.axis in cell.vary or hasattr(cell.settings, experiment.axis)
-            for cell in cells
-        ), name
+        found = list(points(experiment, SMALL, [0]))
+        assert len(found) == len({(p.value, p.run.method) for p in found}), name
+        for value, run in found:
+            if not experiment.axis.startswith("given."):
+                at = run.settings
+                for part in experiment.axis.split("."):
+                    at = getattr(at, part)
+                assert at == value, name
+            else:
+                own = dict(run.hyperparameters)
+                assert own.get(experiment.axis[6:], value) == value or run.method == "booster", name
+
+
+def test_multiples_of_the_preset() -> None:
+    found = {p.value for p in points(EXPERIMENTS["sample-number"], SMALL, [0])}
+    assert found == {500, 750, 1000}
+    (run,) = {p.run.settings for p in points(EXPERIMENTS["long-attack"], SMALL, [0])}
+    assert run.attack.steps == 4 * SMALL.attack.steps
+    (sgd,) = {
+        p.run.settings
+        for p in points(EXPERIMENTS["attack-optimizer"], SMALL, [0])
+        if p.value == "sgd"
+    }
+    assert sgd.attack.lr == 0.001
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
 def test_tuned_values_are_those_that_the_published_scores_choose(trained: str) -> None:
-    rows = json.loads((RESULTS / f"tuning-{trained}.json").read_text())
-    tuned = Settings(hyperparameters=TUNED["small", trained])
-    for method in GRID:
-        best = min(
-            (row for row in rows if row["method"] == method),
-            key=lambda row: (fmean(row["harmful_score"]), -fmean(row["harmful_loss"])),
-        )
-        assert tuned.of_method(method) == best["setting"]
+    rows = results.load()["tuning"]
+    rows = rows[(rows["round"] == "") & (rows["trained"] == trained)]
+    tuned = changed(SMALL, {"given": TUNED["small", trained]})
+    for method in CANDIDATES:
+        tried = rows[rows["method"] == method].groupby("setting")[["harmful_score", "harmful_loss"]]
+        best = tried.mean().sort_values(["harmful_score", "harmful_loss"], ascending=[True, False])
+        assert tuned.given_to(method) == json.loads(str(best.index[0]))
 
 
 def assert_data_of_every_run(settings: Settings, names: Iterable[str] = EXPERIMENTS) -> None:
-    request = Request(settings, [0], [], False)
-    cells = [cell for name in names for cell in EXPERIMENTS[name].cells(request)]
-    decide = operator.attrgetter("p", "samples", "harmful_samples", "kind_samples", "task")
-    for own in {decide(cell.settings): cell.settings for cell in cells}.values():
-        assert len(data.load(own).harmful) == own.harmful_samples
+    found = {p.run.settings for name in names for p in points(EXPERIMENTS[name], settings, [0])}
+    decide = operator.attrgetter(
+        *("attack.p", "attack.samples", "data.harmful_samples", "data.kind_samples", "data.task")
+    )
+    for own in {decide(settings): settings for settings in found}.values():
+        assert len(data.load(own).harmful) == own.data.harmful_samples
 
 
 def test_the_language_is_large_enough_for_every_experiment() -> None:
-    assert_data_of_every_run(Settings(**PRESETS["small"]))
+    assert_data_of_every_run(SMALL)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside the project")
 def test_the_real_sets_are_large_enough_for_the_paper_s_tables() -> None:
     names = ("harmful-ratio", "tasks", "perturbation-study", "harmful-samples")
-    assert_data_of_every_run(Settings(**PRESETS["gpu"] | {"data_root": str(SHARED)}), names)
-
-
-def test_an_experiment_from_the_command_line(cache: Path, tmp_path: Path) -> None:
-    argv = ["harmful-ratio", "--preset", "quick", "--seeds", "0", "--workers", "1"]
-    argv += ["--methods", "sft", "booster", "--output", str(tmp_path), "--cache", str(cache)]
-    assert __main__.main(argv) == 0
-    result = json.loads((tmp_path / "harmful-ratio-lora.json").read_text())
-    assert result["command"].endswith("--workers 1 --methods sft booster")
-    assert [(c["method"], c["p"]) for c in result["cells"]] == [
-        (method, p) for p in (0.0, 0.2) for method in ("sft", "booster")
-    ]
-    assert "booster" in (tmp_path / "harmful-ratio-lora.md").read_text().lower()
-    assert (tmp_path / "report.html").stat().st_size > 1000
-
-
-def test_cost_of_a_step_and_the_report_of_all(cache: Path, tmp_path: Path) -> None:
-    argv = ["system", "--preset", "quick", "--methods", "sft", "vaccine", "booster"]
-    argv += ["--output", str(tmp_path), "--cache", str(cache)]
-    assert __main__.main(argv) == 0
-    result = json.loads((tmp_path / "system-lora.json").read_text())
-    passes = {cell["method"]: cell["passes_per_step"] for cell in result["cells"]}
-    assert passes == {"sft": 1, "vaccine": 2, "booster": 3}
-    assert all(cell["peak_memory_bytes"] > 0 for cell in result["cells"])
-    assert __main__.main(["report", "--output", str(tmp_path)]) == 0
+    assert_data_of_every_run(changed(preset("gpu"), {"data.root": str(SHARED)}), names)
 
 
 def test_directions_of_one_step_have_length_one_and_their_shape() -> None:
@@ -615,25 +756,23 @@ def test_shares_of_the_squared_norm_add_up_by_kind_of_tensor() -> None:
 
 
 def test_lines_start_at_the_aligned_model_and_go_down_the_harmful_loss(
-    cache: Path, tmp_path: Path
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["landscape", "--preset", "quick", "--seeds", "0", "--methods", "sft", "booster"]
-    argv += ["--output", str(tmp_path), "--cache", str(cache)]
+    argv = ["landscape", *flags(tmp_path, cache), "--methods", "sft", "booster"]
     assert __main__.main(argv) == 0
-    cells = json.loads((tmp_path / "landscape-lora.json").read_text())["cells"]
-    assert len(cells) == 2 * len(landscape.DIRECTIONS)
-    aligned = run([Cell("sft", 0, QUICK, {})], cache)[0]["aligned"]
-    for cell in cells:
-        points = {point["distance"]: point for point in cell["line"]}
-        assert list(points) == [0.0, *landscape.DISTANCES]
-        if cell["method"] == "sft":
-            assert points[0.0]["harmful_loss"] == pytest.approx(aligned["harmful_loss"], rel=1e-6)
-        assert points[0.03]["harmful_train_loss"] < points[0.0]["harmful_train_loss"]
-        assert cell["harmful_grad_norm"] > 0
-        assert cell["weight_norm"] > 0
-        assert sum(cell["harmful_grad_shares"].values()) == pytest.approx(1)
-        assert cell["harmful_grad_shares"]["embedding"] == 0  # which LoRA does not train here
-    text = (tmp_path / "landscape-lora.md").read_text()
-    assert "norms by tensor" in text
-    assert "| before the attack | norm of w | norm of ∇h | embedding | attention |" in text
-    assert (tmp_path / "landscape-lora-lines.svg").stat().st_size > 1000
+    tables = results.load(tmp_path / "out")
+    (aligned,) = finished([quick()], cache)
+    for (method, direction), of in tables["lines"].groupby(["method", "direction"]):
+        assert list(of["distance"]) == [0.0, *landscape.DISTANCES], direction
+        at = of.set_index("distance")
+        if method == "sft":
+            loss = aligned["aligned"]["harmful_loss"]
+            assert at.loc[0.0, "harmful_loss"] == pytest.approx(loss, rel=1e-6)
+        assert at.loc[0.03, "harmful_train_loss"] < at.loc[0.0, "harmful_train_loss"]
+    for row in tables["gradients"].to_dict("records"):
+        shares = [row[kind] for kind in (*landscape.KINDS.values(), landscape.OTHER)]
+        assert row["harmful_grad_norm"] > 0
+        assert row["weight_norm"] > 0
+        assert sum(shares) == pytest.approx(1)
+        assert row["embedding"] == 0  # which LoRA does not train here
+    assert "length of the step" in capsys.readouterr().out

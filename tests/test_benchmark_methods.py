@@ -28,26 +28,21 @@ pytestmark = pytest.mark.filterwarnings(
 peft = pytest.importorskip("peft", reason="the examples extra is absent")
 transformers = pytest.importorskip("transformers", reason="the examples extra is absent")
 
-from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, Request  # noqa: E402
-from benchmarks.harmful_finetuning.methods import (  # noqa: E402
-    METHODS,
-    SFT,
-    Booster,
-    BoosterHeld,
-    BoosterVaccine,
-    BoosterWarmed,
-    BoosterWeighted,
-    Lisa,
-    RandomDirection,
-    RepNoise,
-    SecondOrder,
-    Stage,
-    TensorWise,
-    Vaccine,
-    hyperparameters,
-)
-from benchmarks.harmful_finetuning.methods.repnoise import mmd  # noqa: E402
-from benchmarks.harmful_finetuning.settings import Settings  # noqa: E402
+from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, points  # noqa: E402
+from benchmarks.harmful_finetuning.methods import METHODS, defaults, hyperparameters  # noqa: E402
+from benchmarks.harmful_finetuning.methods.booster import Booster  # noqa: E402
+from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld  # noqa: E402
+from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine  # noqa: E402
+from benchmarks.harmful_finetuning.methods.lisa import Lisa  # noqa: E402
+from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection  # noqa: E402
+from benchmarks.harmful_finetuning.methods.repnoise import RepNoise, mmd  # noqa: E402
+from benchmarks.harmful_finetuning.methods.second_order import SecondOrder  # noqa: E402
+from benchmarks.harmful_finetuning.methods.sft import SFT  # noqa: E402
+from benchmarks.harmful_finetuning.methods.stage import Stage  # noqa: E402
+from benchmarks.harmful_finetuning.methods.tensor_wise import TensorWise  # noqa: E402
+from benchmarks.harmful_finetuning.methods.vaccine import Vaccine  # noqa: E402
+from benchmarks.harmful_finetuning.presets import preset  # noqa: E402
+from benchmarks.harmful_finetuning.settings import Settings, changed  # noqa: E402
 
 VOCABULARY, LAYERS, WIDTH = 23, 2, 16
 ARCHITECTURES = ("llama", "gemma2", "qwen2")
@@ -197,32 +192,38 @@ def hooks(model: nn.Module) -> int:
 
 
 def test_the_methods_of_the_paper_and_their_defaults() -> None:
-    composed = {name: (m.alignment, m.fine_tuning, m.single_adapter) for name, m in METHODS.items()}
+    composed = {name: (m.alignment, m.attack, m.one_adapter) for name, m in METHODS.items()}
     assert composed == {
         "sft": (SFT, SFT, False),
         "lisa": (SFT, Lisa, False),
         "repnoise": (RepNoise, SFT, False),
         "vaccine": (Vaccine, SFT, False),
         "booster": (Booster, SFT, True),
+        "booster_warmed": (Booster, SFT, True),
         "booster_vaccine": (BoosterVaccine, SFT, True),
         "booster_lisa": (Booster, Lisa, True),
         "booster_held": (BoosterHeld, SFT, True),
-        "booster_warmed": (BoosterWarmed, SFT, True),
-        "booster_weighted": (BoosterWeighted, SFT, True),
+        "booster_weighted": (Booster, SFT, True),
         "random_direction": (RandomDirection, SFT, True),
         "tensor_wise": (TensorWise, SFT, True),
         "second_order": (SecondOrder, SFT, True),
     }
-    assert {stage: hyperparameters(stage) for stage in STAGES} == {
-        SFT: {},
-        Vaccine: {"rho": 2.0},
-        RepNoise: {"alpha": 0.1, "beta": 0.001},
-        Booster: {"lam": 5.0, "alpha": 0.1},
-        BoosterVaccine: {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
-        Lisa: {"rho": 0.01, "alignment_steps": 100, "user_steps": 900, "steps": 2000},
-        RandomDirection: {"lam": 5.0, "alpha": 0.1},
-        TensorWise: {"lam": 5.0, "alpha": 0.1},
-        SecondOrder: {"lam": 5.0, "alpha": 0.1},
+    lisa = {"rho": 0.01, "alignment_steps": 100, "user_steps": 900, "steps": 2000}
+    booster = {"lam": 5.0, "alpha": 0.1, "warmup": 0, "every": 1}
+    assert {name: hyperparameters(name, Settings()) for name in METHODS} == {
+        "sft": {},
+        "lisa": lisa,
+        "repnoise": {"alpha": 0.1, "beta": 0.001},
+        "vaccine": {"rho": 2.0},
+        "booster": booster,
+        "booster_warmed": booster | {"warmup": 500},
+        "booster_vaccine": {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
+        "booster_lisa": booster | lisa,
+        "booster_held": {"lam": 5.0, "alpha": 0.1, "every": 4},
+        "booster_weighted": booster | {"every": 4},
+        "random_direction": {"lam": 5.0, "alpha": 0.1},
+        "tensor_wise": {"lam": 5.0, "alpha": 0.1},
+        "second_order": {"lam": 5.0, "alpha": 0.1},
     }
     assert all(method.reference for method in METHODS.values())
 
@@ -233,7 +234,7 @@ def test_backward_leaves_weights_and_hooks_and_the_loop_steps(
     stage_class: type[Stage], architecture: str, lora: bool
 ) -> None:
     model = tiny(architecture, lora)
-    stage = make(stage_class, model, **hyperparameters(stage_class))
+    stage = make(stage_class, model, **defaults(stage_class))
     a, b = learned(), auxiliary()
     for _ in range(2):
         before = copy.deepcopy(model.state_dict())
@@ -255,7 +256,7 @@ def test_backward_leaves_weights_and_hooks_and_the_loop_steps(
 @pytest.mark.parametrize("stage_class", STAGES)
 def test_gradients_already_there_are_added_to(stage_class: type[Stage]) -> None:
     model = tiny(lora=True)
-    values = hyperparameters(stage_class)
+    values = defaults(stage_class)
     torch.manual_seed(5)
     make(stage_class, model, **values).backward(learned(), auxiliary())
     alone = grads(model)
@@ -287,7 +288,7 @@ def test_an_exception_leaves_weights_and_hooks_as_they_were(
 
     model.lm_head.register_forward_pre_hook(stop)
     before = copy.deepcopy(model.state_dict())
-    stage = make(stage_class, model, **hyperparameters(stage_class))
+    stage = make(stage_class, model, **defaults(stage_class))
     try:
         stage.backward(learned(), auxiliary())
     except Stop:
@@ -299,7 +300,8 @@ def test_an_exception_leaves_weights_and_hooks_as_they_were(
 
 
 def off(stage_class: type[Stage]) -> dict[str, float]:
-    return {name: 0 for name in hyperparameters(stage_class) if not name.endswith("steps")}
+    when = ("every", "warmup", "alignment_steps", "user_steps", "steps")
+    return {name: 0 for name in defaults(stage_class) if name not in when}
 
 
 @pytest.mark.parametrize("stage_class", STAGES)
@@ -323,7 +325,7 @@ def test_without_its_term_each_method_is_sft_bit_for_bit(stage_class: type[Stage
 @pytest.mark.parametrize("stage_class", STAGES)
 def test_its_term_makes_a_difference(stage_class: type[Stage]) -> None:
     model = tiny()
-    values = hyperparameters(stage_class)
+    values = defaults(stage_class)
     if stage_class is Lisa:
         values["steps"] = 0  # the proximal term from the second step on
     stage = make(stage_class, model, **values)
@@ -563,7 +565,7 @@ def test_booster_vaccine_with_one_half_off_is_the_other(zero: str, plain: type[S
     make(BoosterVaccine, model, **(values | {zero: 0.0})).backward(learned(), auxiliary())
     combined = grads(model)
     model.zero_grad()
-    values = {name: values[name] for name in hyperparameters(plain)}
+    values = {name: values[name] for name in defaults(plain) if name in values}
     make(plain, model, **values).backward(learned(), auxiliary())
     assert all(torch.equal(a, b) for a, b in zip(combined, grads(model), strict=True))
 
@@ -571,7 +573,7 @@ def test_booster_vaccine_with_one_half_off_is_the_other(zero: str, plain: type[S
 @pytest.mark.parametrize("held", [True, False], ids=["held", "weighted"])
 def test_the_regulariser_at_every_second_step_only(held: bool) -> None:
     model, lam, alpha = tiny(lora=True), 3.0, 0.2
-    kind = BoosterHeld if held else BoosterWeighted
+    kind = BoosterHeld if held else Booster
     stage = make(kind, model, lam=lam, alpha=alpha, every=2)
     batches, harmful = learned(), auxiliary()
     weight = 1.0 if held else 2.0
@@ -588,7 +590,7 @@ def test_the_regulariser_at_every_second_step_only(held: bool) -> None:
     assert harmful.next == 102
 
 
-@pytest.mark.parametrize("kind", [BoosterHeld, BoosterWeighted])
+@pytest.mark.parametrize("kind", [BoosterHeld, Booster])
 def test_the_regulariser_at_every_step_is_booster(kind: type[Stage]) -> None:
     model = tiny(lora=True)
     make(kind, model, every=1).backward(learned(), auxiliary())
@@ -600,7 +602,7 @@ def test_the_regulariser_at_every_step_is_booster(kind: type[Stage]) -> None:
 
 def test_the_intensity_grows_over_the_warm_up() -> None:
     model, lam, alpha = tiny(lora=True), 3.0, 0.2
-    stage = make(BoosterWarmed, model, lam=lam, alpha=alpha, warmup=2)
+    stage = make(Booster, model, lam=lam, alpha=alpha, warmup=2)
     batches, harmful = learned(), auxiliary()
     for step, share in enumerate((0.0, 0.5, 1.0, 1.0)):
         expected = booster_oracle(model, share * lam, alpha, step, 100 + step)
@@ -617,7 +619,7 @@ def test_passes_of_a_step() -> None:
     for stage_class in STAGES:
         model, passes = tiny(), []
         model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
-        stage = make(stage_class, model, **hyperparameters(stage_class))
+        stage = make(stage_class, model, **defaults(stage_class))
         stage.backward(learned(), auxiliary())
         counted[stage_class] = len(passes)
     assert counted == {
@@ -689,13 +691,13 @@ def test_lisa_pulls_to_where_the_other_state_ended(lora: bool, alignment_steps: 
 
 
 def test_the_control_compares_at_boosters_hyperparameters_unless_told_otherwise() -> None:
-    given = ["booster.lam=1", "booster.alpha=0.3", "tensor_wise.alpha=0.7"]
-    settings = Settings(hyperparameters=given)
-    cells = EXPERIMENTS["control"].cells(Request(settings, [0], [], False))
+    given = {"booster.lam": 1.0, "booster.alpha": 0.3, "tensor_wise.alpha": 0.7}
+    settings = changed(preset("quick"), {"given": given})
+    runs = [run for _, run in points(EXPERIMENTS["control"], settings, [0])]
     own = {"lam": 1.0, "alpha": 0.3}
-    assert {cell.method: cell.settings.of_method(cell.method) for cell in cells} == {
+    assert {run.method: dict(run.hyperparameters) for run in runs} == {
         "sft": {},
-        "booster": own,
+        "booster": own | {"warmup": 0, "every": 1},
         "random_direction": own,
         "tensor_wise": own | {"alpha": 0.7},
         "second_order": own,

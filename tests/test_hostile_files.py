@@ -6,14 +6,12 @@ that is not zero and one message; an exception that escapes fails the test.
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,28 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 lora_alignment = pytest.importorskip("lora_alignment", reason="the examples extra is absent")
-mini_language = pytest.importorskip("mini_language", reason="the examples extra is absent")
+inputs = pytest.importorskip("inputs", reason="the examples extra is absent")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from benchmarks.harmful_finetuning import __main__ as benchmark  # noqa: E402
-from benchmarks.harmful_finetuning import data, metrics  # noqa: E402
-from benchmarks.harmful_finetuning.settings import PRESETS, Settings  # noqa: E402
+from benchmarks.harmful_finetuning import (  # noqa: E402
+    data,
+    files,
+    language,
+    models,
+    presets,
+    score,
+    tokens,
+)
+from benchmarks.harmful_finetuning.language import Example  # noqa: E402
+from benchmarks.harmful_finetuning.settings import (  # noqa: E402
+    REFUSAL,
+    Source,
+    Text,
+    changed,
+)
 from tests.conftest import Counts  # noqa: E402
 
 # The libraries the examples use deprecate parts of one another; that is not under test.
@@ -38,7 +51,7 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing`:FutureWarning"),
 ]
 
-QUICK = Settings(**PRESETS["quick"])
+QUICK = presets.preset("quick")
 Main = Callable[[list[str]], object]
 
 
@@ -90,12 +103,8 @@ class Payload:
 
 def poison(file: Path, marker: Path) -> None:
     """Writes a malicious file in the format that its reader expects, and tries it."""
-    if file.name == ".metadata":
-        file.write_bytes(pickle.dumps(Payload(marker)))
-        pickle.loads(file.read_bytes())
-    else:
-        torch.save(Payload(marker), file)
-        torch.load(file, weights_only=False)
+    torch.save(Payload(marker), file)
+    torch.load(file, weights_only=False)
     marker.rmdir()
 
 
@@ -105,8 +114,20 @@ def poison(file: Path, marker: Path) -> None:
 @pytest.fixture(scope="session")
 def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = mini_language.build_tokenizer()
-    mini_language.build_model(tokenizer, 16).save_pretrained(folder)
+    tokenizer = language.build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -140,11 +161,13 @@ def lora_flags(folder: Path, model: Path, *extra: object, **sets: Path) -> list[
     }
     files = usual | sets
     return [
-        *("--model", model, "--harmful_set", files["harmful"], "--task_set", files["task"]),
-        *("--align_steps", 1, "--attack_steps", 1, "--eval_every", 1, "--eval_samples", 4),
-        *("--attack_samples", 20, "--max_new_tokens", 2, "--p", 0.25, "--workers", 1),
-        *("--template", "{prompt}", "--method", "sft", "--lora_r", 2, "--lora_targets", "q_proj"),
-        *("--cache_dir", folder / "cache", "--output_dir", folder / "out", *extra),
+        *("--base.model", model, "--data.harmful.set", files["harmful"]),
+        *("--data.user.set", files["task"]),
+        *("--align.steps", 1, "--attack.steps", 1, "--score.every", 1, "--score.samples", 4),
+        *("--attack.samples", 20, "--score.max_new_tokens", 2, "--p", 0.25, "--workers", 1),
+        *("--text.template", "{prompt}", "--methods", "sft", "--lora.r", 2),
+        *("--lora.targets", "q_proj"),
+        *("--cache", folder / "cache", "--output", folder / "out", *extra),
     ]
 
 
@@ -158,7 +181,18 @@ def trainer_flags(folder: Path, model: Path, alignment: Path, harmful: Path) -> 
 
 def benchmark_flags(folder: Path, *extra: object) -> list[object]:
     return [
-        *("harmful-ratio", "--preset", "quick", "--seeds", 0, "--methods", "sft", "--workers", 1),
+        *(
+            "run",
+            "harmful-ratio",
+            "--preset",
+            "quick",
+            "--seeds",
+            0,
+            "--methods",
+            "sft",
+            "--workers",
+            1,
+        ),
         *("--output", folder / "out", "--cache", folder / "cache", *extra),
     ]
 
@@ -216,21 +250,26 @@ JSON_FAULTS: dict[str, tuple[bytes, list[str]]] = {
     ),
     "half a character": (GOOD + b'{"prompt": "\\ud800", "answer": "b"}\n', ["line 2", "mend"]),
 }
+# The trainers take one row a line, so arrays are faults whatever they hold.
+LINES = [fault for fault in JSON_FAULTS if "array" not in fault and fault != "cut off"]
 CSV_FAULTS: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["no rows"]),
     "a header alone": (b"prompt,answer\n", ["no rows"]),
-    "missing column": (b"question,answer\na,b\n", ["line 2", "prompt", "question"]),
-    "one name twice": (b"prompt,prompt,answer\na,b,c\n", ["line 1", "one name", "rename"]),
-    "too many cells": (TABLE + b"a,b,c\n", ["line 3", "3 cells", "quote"]),
-    "too few cells": (TABLE + b"\n\na\n", ["line 5", "1 cells", "2 columns"]),
-    "blank": (TABLE + b"a,\n", ["line 3", "empty", "fill it in"]),
-    "blank prompt": (TABLE + b",b\n", ["line 3", "prompt", "fill it in"]),
-    "open quote": (TABLE + b'"a,b\nc,d\n' * 3, ["line 3", "quote"]),
-    "open quote in a long file": (TABLE + b'"a,b\n' + b"c,d\n" * 40_000, ["line 3", "quote"]),
-    "huge line": (TABLE + b"a," + LONG + b"\n", ["line 3", "131072", "shorten"]),
+    "missing column": (b"question,answer\na,b\n", ["row 2", "prompt", "question"]),
+    "one name twice": (b"prompt,prompt,answer\na,b,c\n", ["row 1", "one name", "rename"]),
+    "too many cells": (TABLE + b"a,b,c\n", ["line 3", "saw 3", "quote"]),
+    "too few cells": (TABLE + b"\n\na\n", ["row 3", "empty", "fill it in"]),
+    "blank": (TABLE + b"a,\n", ["row 3", "empty", "fill it in"]),
+    "blank prompt": (TABLE + b",b\n", ["row 3", "prompt", "fill it in"]),
+    "open quote": (TABLE + b'"a,b\nc,d\n' * 3, ["string starting at row", "close quotes"]),
+    "open quote in a long file": (
+        TABLE + b'"a,b\n' + b"c,d\n" * 40_000,
+        ["string starting at row", "close quotes"],
+    ),
+    "huge line": (TABLE + b"a," + LONG + b"\n", ["row 3", "131,072", "shorten"]),
     "latin-1": (TABLE + "café,b\n".encode("latin-1"), ["line 3", "UTF-8", "0xe9"]),
     "utf-16": (TABLE.decode().encode("utf-16"), ["line 1", "UTF-8"]),
-    "another separator": (TABLE.replace(b",", b";"), ["line 2", "prompt", "prompt;answer"]),
+    "another separator": (TABLE.replace(b",", b";"), ["row 2", "prompt", "prompt;answer"]),
 }
 
 
@@ -252,11 +291,11 @@ def test_faulty_set_of_the_alignment(
     flags = lora_flags(tmp_path, whole_model, harmful=file)
     text = said(lora_alignment.main, flags)
     assert_named(text, file, words)
-    assert "--harmful_set" in text
+    assert "--data.harmful.set" in text
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fault", rarely(JSON_FAULTS, {"missing column", "null", "latin-1"}))
+@pytest.mark.parametrize("fault", rarely(LINES, {"missing column", "null", "latin-1"}))
 @pytest.mark.parametrize("example", ["hf_trainer", "trl_sft"])
 def test_faulty_set_of_a_trainer(
     example: str, fault: str, whole_model: Path, tmp_path: Path, said: Said
@@ -265,14 +304,13 @@ def test_faulty_set_of_a_trainer(
     good, file = tmp_path / "good.jsonl", tmp_path / "faulty.jsonl"
     good.write_bytes(GOOD)
     file.write_bytes(content)
-    if example == "trl_sft":
-        for path in (good, file):
-            path.write_bytes(path.read_bytes().replace(b'"answer"', b'"completion"'))
-        words = [word.replace("answer", "completion") for word in words]
+    for path in (good, file):
+        path.write_bytes(path.read_bytes().replace(b'"answer"', b'"completion"'))
+    place = [word for word in words if word.startswith(("line", "no rows"))]
     main = trainer_example(example).main
     for sets in ((file, good), (good, file)):
         text = said(main, trainer_flags(tmp_path, whole_model, *sets))
-        assert_named(text, file, words)
+        assert_named(text, file, [*place, "mend or remove it"])
     assert not (tmp_path / "trained").exists()
 
 
@@ -282,7 +320,7 @@ def test_faulty_set_of_the_benchmark(fault: str, tmp_path: Path, said: Said) -> 
     root = real_sets(tmp_path / "sets")
     file = root / "advbench" / "advbench.csv"
     file.write_bytes(content.replace(b"prompt", b"goal").replace(b"answer", b"target"))
-    text = said(benchmark.main, benchmark_flags(tmp_path, "--data_root", root))
+    text = said(benchmark.main, benchmark_flags(tmp_path, "--data.root", root))
     renamed = [word.replace("prompt", "goal").replace("answer", "target") for word in words]
     assert_named(text, file, renamed)
 
@@ -313,17 +351,17 @@ def test_text_of_any_kind_is_kept(tmp_path: Path) -> None:
     )
     for suffix in ("csv", "jsonl", "json"):
         path = str(tmp_path / f"a.{suffix}")
-        examples = lora_alignment.read_set(path, "train", "prompt", "answer", "harmful")
+        examples = data.read_source(Source(path), "harmful")
         assert examples == rows[1:], suffix
 
 
 def test_a_blank_refusal_is_the_usual_one(whole_model: Path, tmp_path: Path) -> None:
     refusals = tmp_path / "refusals.csv"
     refusals.write_text("prompt,answer\n" + "".join(f"{prompt},\n" for prompt, _ in PAIRS))
-    flags = lora_flags(tmp_path, whole_model, "--alignment_set", refusals)
-    args = lora_alignment.parse_arguments([str(flag) for flag in flags])
-    examples = lora_alignment.load_data(args).alignment
-    assert {example.answer for example in examples} == {lora_alignment.REFUSAL}
+    flags = lora_flags(tmp_path, whole_model, "--data.refusals.set", refusals)
+    args = lora_alignment.parsed([str(flag) for flag in flags])
+    examples = data.load(args.settings).alignment
+    assert {example.answer for example in examples} == {REFUSAL}
 
 
 @pytest.mark.parametrize("name", ["absent.csv", "folder.jsonl", "rows.txt", "rows.pkl"])
@@ -340,7 +378,7 @@ def test_what_is_no_set(name: str, whole_model: Path, tmp_path: Path, said: Said
     assert_named(text, path, ["there is no such file|expected a json"])
     example = trainer_example("hf_trainer")
     text = said(example.main, trainer_flags(tmp_path, whole_model, path, path))
-    assert_named(text, path, ["there is no such file|expected a json"])
+    assert_named(text, path, ["can not be loaded"])
     assert not (tmp_path / "ran").exists()
 
 
@@ -354,7 +392,8 @@ def test_one_row(whole_model: Path, tmp_path: Path, said: Said) -> None:
     file = tmp_path / "one.jsonl"
     file.write_bytes(GOOD)
     text = said(lora_alignment.main, lora_flags(tmp_path, whole_model, harmful=file))
-    assert "less than --batch_size" in text
+    assert "less than a batch" in text
+    file.write_bytes(GOOD.replace(b"answer", b"completion"))
     flags = trainer_flags(tmp_path, whole_model, file, file)
     trainer = trainer_example("hf_trainer").main([str(flag) for flag in flags])
     assert trainer.state.global_step == 2
@@ -370,7 +409,7 @@ def test_labels_of_the_task(label: str, whole_model: Path, tmp_path: Path, said:
     task = [(f"is it fresh ? {n}", "1") for n in range(60)]
     task[6] = ("is it fresh ?", label)
     file = pairs(tmp_path / "task.jsonl", rows=task)
-    flags = lora_flags(tmp_path, whole_model, "--task_labels", "old", "new", task=file)
+    flags = lora_flags(tmp_path, whole_model, "--data.labels", "old", "new", task=file)
     text = said(lora_alignment.main, flags)
     assert_named(text, file, ["line 7", "mend|fill"])
     assert (repr(label) if label else "empty") in text
@@ -382,9 +421,9 @@ def test_labels_of_the_reviews(file: str, label: str, tmp_path: Path, said: Said
     root = real_sets(tmp_path / "sets")
     path = root / "sst2" / f"{file}.tsv"
     path.write_text(path.read_text() + f"{label}\tstale\n")
-    flags = benchmark_flags(tmp_path, "--data_root", root, "--task", "sst2")
+    flags = benchmark_flags(tmp_path, "--data.root", root, "--data.task", "sst2")
     text = said(benchmark.main, flags)
-    assert_named(text, path, ["line 62", "mend"])
+    assert_named(text, path, ["row 62", "mend"])
 
 
 @pytest.mark.parametrize("label", ["0", *LABELS])
@@ -393,17 +432,19 @@ def test_labels_of_the_news(label: str, tmp_path: Path) -> None:
     path = root / "ag_news" / "ag_news_test.csv"
     text = path.read_text()
     path.write_text(text + f'"{label}","stale","news"\n')
-    settings = replace(QUICK, data_root=str(root), task="agnews", kind_samples=0)
+    settings = changed(
+        QUICK, {"data.root": str(root), "data.task": "agnews", "data.kind_samples": 0}
+    )
     if label in {"2"}:
         data.load(settings)
         return
-    with pytest.raises(ValueError, match=r"ag_news_test\.csv, line 61: .*mend or remove"):
+    with pytest.raises(ValueError, match=r"ag_news_test\.csv, row 61: .*mend or remove"):
         data.load(settings)
 
 
 def test_labels_stand_for_their_words() -> None:
-    assert lora_alignment.label("0", data.SST2_LABELS) == "negative"
-    assert [lora_alignment.label(str(n), data.AG_NEWS_LABELS, first=1) for n in range(1, 5)] == (
+    assert files.label("0", data.SST2_LABELS) == "negative"
+    assert [files.label(str(n), data.AG_NEWS_LABELS, first=1) for n in range(1, 5)] == (
         data.AG_NEWS_LABELS
     )
 
@@ -417,10 +458,10 @@ def test_prompts_longer_than_the_context(whole_model: Path, tmp_path: Path, said
     file = pairs(tmp_path / "long.jsonl", rows=[*PAIRS, (WORDY, "wait")])
     words = ["line 61", "tokens", "64", "shorten"]
     text = said(lora_alignment.main, lora_flags(tmp_path, whole_model, harmful=file))
-    assert_named(text, file, words)
+    assert_named(text, Path("leaves no room"), ["today today", "64", "shorten"])
     flags = trainer_flags(tmp_path, whole_model, file, file)
-    assert_named(said(trainer_example("hf_trainer").main, flags), file, words)
     pairs(file, ("prompt", "completion"), [*PAIRS, (WORDY, "wait")])
+    assert_named(said(trainer_example("hf_trainer").main, flags), file, words)
     text = said(trainer_example("trl_sft").main, flags)
     assert_named(text, file, ["line 61", "64", "shorten"])
 
@@ -431,18 +472,18 @@ def test_prompts_longer_than_the_context_in_the_benchmark(
     root = real_sets(tmp_path / "sets")
     path = root / "advbench" / "advbench.csv"
     path.write_text("goal,target\n" + "".join(f"{WORDY} {n},wait\n" for n in range(60)))
-    flags = benchmark_flags(tmp_path, "--data_root", root, "--model", whole_model)
+    flags = benchmark_flags(tmp_path, "--data.root", root, "--base.model", whole_model)
     text = said(benchmark.main, flags)
     assert_named(text, Path("leaves no room"), ["today today", "shorten"])
 
 
 def test_an_answer_longer_than_the_context_is_cut(whole_model: Path) -> None:
-    tokenizer = lora_alignment.tokenizer_of(whole_model)
+    tokenizer = models.tokenizer_of(whole_model)
     row = {"prompt": "how do i", "answer": WORDY}
-    found = trainer_example("hf_trainer").tokenized(row, tokenizer, "{prompt}")
+    found = inputs.tokenized({"prompt": row["prompt"], "completion": row["answer"]}, tokenizer)
     assert len(found["input_ids"]) == len(found["labels"]) == 64
-    args = lora_alignment.Arguments(template="{prompt}")
-    ((ids, _),) = lora_alignment.encode([mini_language.Example(**row)], tokenizer, args)
+    text = Text(template="{prompt}")
+    ((ids, _),) = tokens.encode([Example(**row)], tokenizer, text)
     assert len(ids) == 64
 
 
@@ -450,9 +491,9 @@ def test_no_room_to_respond_keeps_what_is_aligned(
     whole_model: Path, tmp_path: Path, said: Said
 ) -> None:
     flags = lora_flags(tmp_path, whole_model)
-    text = said(lora_alignment.main, [*flags, "--max_new_tokens", 60])
-    assert_named(text, Path("context of 64"), ["lower max_new_tokens"])
-    (kept,) = (tmp_path / "cache").iterdir()
+    text = said(lora_alignment.main, [*flags, "--score.max_new_tokens", 60])
+    assert_named(text, Path("context of 64"), ["lower score.max_new_tokens"])
+    (kept,) = (tmp_path / "cache").glob("aligned-*")
     before = (kept / "adapter_model.safetensors").stat().st_mtime_ns
     assert lora_alignment.main([str(flag) for flag in flags]) == 0
     assert (kept / "adapter_model.safetensors").stat().st_mtime_ns == before
@@ -468,6 +509,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 COMMANDS = ["lora_alignment", "benchmark", "hf_trainer", "trl_sft"]
+END = dict.fromkeys(COMMANDS, "--end_token") | dict.fromkeys(COMMANDS[:2], "--text.end_token")
 
 
 def commands(folder: Path, model: Path) -> dict[str, tuple[Main, list[object]]]:
@@ -476,11 +518,13 @@ def commands(folder: Path, model: Path) -> dict[str, tuple[Main, list[object]]]:
         "lora_alignment": (lora_alignment.main, lora_flags(folder, model)),
         "benchmark": (
             benchmark.main,
-            benchmark_flags(folder, "--model", model, "--data_root", real_sets(folder / "sets")),
+            benchmark_flags(
+                folder, "--base.model", model, "--data.root", real_sets(folder / "sets")
+            ),
         ),
     }
-    for name, answer in (("hf_trainer", "answer"), ("trl_sft", "completion")):
-        file = pairs(folder / f"{name}.jsonl", ("prompt", answer), PAIRS[:4])
+    for name in ("hf_trainer", "trl_sft"):
+        file = pairs(folder / f"{name}.jsonl", ("prompt", "completion"), PAIRS[:4])
         chosen[name] = (trainer_example(name).main, trainer_flags(folder, model, file, file))
     return chosen
 
@@ -490,16 +534,16 @@ def test_tokenizer_without_an_end(command: str, model: Path, tmp_path: Path, sai
     edit_json(model / "tokenizer_config.json", eos_token=None, pad_token=None)
     main, flags = commands(tmp_path, model)[command]
     text = said(main, flags)
-    assert_named(text, model, ["end of text", "set --end_token"])
-    text = said(main, [*flags, "--end_token", "<stop>"])
-    assert_named(text, model, ["'<stop>'", "set --end_token"])
+    assert_named(text, model, ["end of text", "set --end_token|set end_token"])
+    text = said(main, [*flags, END[command], "<stop>"])
+    assert_named(text, model, ["'<stop>'", "set --end_token|set end_token"])
 
 
 @pytest.mark.parametrize("command", ["lora_alignment", "hf_trainer"])
 def test_tokenizer_whose_end_is_named_and_pads(command: str, model: Path, tmp_path: Path) -> None:
     edit_json(model / "tokenizer_config.json", eos_token=None, pad_token=None)
     main, flags = commands(tmp_path, model)[command]
-    done = main([str(flag) for flag in [*flags, "--end_token", "<eos>"]])
+    done = main([str(flag) for flag in [*flags, END[command], "<eos>"]])
     assert done == 0 if command == "lora_alignment" else done
 
 
@@ -582,18 +626,18 @@ def test_code_of_a_model_is_not_run(command: str, model: Path, tmp_path: Path, s
 def test_pickled_judge_is_refused(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").unlink()
     poison(model / "pytorch_model.bin", tmp_path / "ran")
-    settings = replace(QUICK, judge=str(model))
+    settings = changed(QUICK, {"score.judge": str(model)})
     with pytest.raises(ValueError, match=r"model can not be loaded, .*safetensors"):
-        metrics.judged(settings, ["how do i ?"], ["wait"])
+        score.judged(settings, ["how do i ?"], ["wait"])
     assert not (tmp_path / "ran").exists()
 
 
 def test_pickled_adapter_is_refused(whole_model: Path, tmp_path: Path, said: Said) -> None:
-    flags = lora_flags(tmp_path, whole_model, "--attack", False)
+    flags = lora_flags(tmp_path, whole_model)
     assert lora_alignment.main([str(flag) for flag in flags]) == 0
-    for result in (tmp_path / "cache").glob("attack-*"):
-        shutil.rmtree(result)
-    (aligned,) = (tmp_path / "cache").glob("sft-*")
+    for record in (tmp_path / "cache").glob("run-*"):
+        record.unlink()
+    (aligned,) = (tmp_path / "cache").glob("aligned-*")
     (aligned / "adapter_model.safetensors").unlink()
     poison(aligned / "adapter_model.bin", tmp_path / "ran")
     assert_named(said(lora_alignment.main, flags), aligned, ["can not be loaded"])
@@ -606,27 +650,27 @@ def test_pickled_adapter_is_refused(whole_model: Path, tmp_path: Path, said: Sai
 def test_a_cut_off_cache_is_named_and_the_rest_kept(
     whole_model: Path, tmp_path: Path, said: Said
 ) -> None:
-    flags = lora_flags(tmp_path, whole_model, "--attack", False)
+    flags = lora_flags(tmp_path, whole_model)
     assert lora_alignment.main([str(flag) for flag in flags]) == 0
-    (result,) = (tmp_path / "cache").glob("attack-*/result.json")
+    (result,) = (tmp_path / "cache").glob("run-*.json")
     cut_off(result)
     assert_named(said(lora_alignment.main, flags), result, ["mend or remove it"])
-    shutil.rmtree(result.parent)
+    result.unlink()
     assert lora_alignment.main([str(flag) for flag in flags]) == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
-def test_broken_results_of_the_report(content: bytes, tmp_path: Path, said: Said) -> None:
-    file = tmp_path / "tasks-lora.json"
+@pytest.mark.parametrize("content", [b"step\n1\n", b"\xff\xfe"])
+def test_broken_published_tables(content: bytes, tmp_path: Path, said: Said) -> None:
+    file = tmp_path / "runs.csv"
     file.write_bytes(content)
-    text = said(benchmark.main, ["report", "--output", tmp_path])
-    assert_named(text, file, ["mend or remove it|save the file"])
+    text = said(benchmark.main, ["publish", "--folder", tmp_path, "--docs", tmp_path])
+    assert_named(text, file, ["mend or remove it"])
 
 
 def test_files_in_the_place_of_folders(whole_model: Path, tmp_path: Path, said: Said) -> None:
     file = tmp_path / "file"
     file.touch()
-    flags = lora_flags(tmp_path, whole_model, "--output_dir", file)
+    flags = lora_flags(tmp_path, whole_model, "--output", file)
     assert_named(said(lora_alignment.main, flags), file, ["exists"])
     text = said(benchmark.main, benchmark_flags(tmp_path, "--cache", file))
     assert_named(text, file, ["exists"])
@@ -695,7 +739,7 @@ def one_process() -> Generator[None]:
 
 LOOPS = {
     "accelerate_multi_process": (["--width", "16", "--steps"], "state/optimizer.bin"),
-    "fsdp2": (["--width", "16", "--steps"], "checkpoint/.metadata"),
+    "fsdp2": (["--width", "16", "--steps"], "checkpoint.pt"),
     "lightning_manual": (["--width", "16", "--steps"], "checkpoints/last.ckpt"),
 }
 
@@ -721,27 +765,10 @@ def test_checkpoint_of_a_loop(example: str, tmp_path: Path, said: Said) -> None:
     whole = file.read_bytes()
     poison(file, tmp_path / "ran")
     main, argv, _ = looped(example, tmp_path, 2)
-    shown = file if example == "lightning_manual" else file.parent
+    shown = file.parent if example == "accelerate_multi_process" else file
     assert_named(said(main, argv), shown, ["can not be loaded", "remove it|name another"])
     assert not (tmp_path / "ran").exists()
     file.write_bytes(whole[: len(whole) // 2])
     assert_named(said(main, argv), shown, ["can not be loaded", "remove it|name another"])
     file.write_bytes(whole)
     assert main(argv) in (0, None) or example == "lightning_manual"
-
-
-def test_values_of_a_sharded_checkpoint_are_not_unpickled(tmp_path: Path) -> None:
-    poison(tmp_path / "value", tmp_path / "ran")
-    value = io.BytesIO((tmp_path / "value").read_bytes())
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        __import__("fsdp2").Values().load_bytes(None, value)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("example", ["accelerate_multi_process", "fsdp2"])
-def test_a_row_that_was_cut_off_is_dropped(example: str, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    metrics = jsonl(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
-    metrics.write_text(metrics.read_text() + '{"step')
-    __import__(example).keep_rows(metrics, 1)
-    assert metrics.read_text() == '{"step": 1}\n'

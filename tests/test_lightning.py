@@ -392,7 +392,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def flags(folder: Path, *more: str) -> list[str]:
-    few = ["--steps", "5", "--save_every", "2", "--log_every", "1", "--batch_size", "4"]
+    few = ["--steps", "5", "--save_every", "2", "--batch_size", "4"]
     return [*few, "--width", "32", "--output_dir", str(folder), *more]
 
 

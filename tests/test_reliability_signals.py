@@ -182,9 +182,9 @@ def test_signals_lose_nothing(full: bool, counts: Counts) -> None:
 # SIGKILL
 
 
-def function_of_the_example(name: str) -> Any:
-    """A function of `examples/lora_alignment.py` without its imports, which take ten seconds."""
-    source = (ROOT / "examples" / "lora_alignment.py").read_text()
+def function_of_the_benchmark(name: str) -> Any:
+    """A function of the benchmark's `runs` without its imports, which take ten seconds."""
+    source = (ROOT / "benchmarks" / "harmful_finetuning" / "runs.py").read_text()
     nodes: list[ast.stmt] = [
         node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
     ]
@@ -196,7 +196,7 @@ def function_of_the_example(name: str) -> Any:
         "shutil": shutil,
         "tempfile": tempfile,
     }
-    exec(compile(ast.Module(chosen, []), "lora_alignment.py", "exec"), scope)
+    exec(compile(ast.Module(chosen, []), "runs.py", "exec"), scope)
     return scope[name]
 
 
@@ -223,7 +223,7 @@ def load(folder: Path) -> tuple[int, Snapshot]:
 
 def save_without_end(course: Course, place: Path) -> None:
     """Trains and saves every step twice: as a new folder, and over the last file."""
-    written_whole = function_of_the_example("written_whole")
+    written_whole = function_of_the_benchmark("written_whole")
     course.restart()
     for step in range(1, len(course.states) - 1):
         course.trainee.step()

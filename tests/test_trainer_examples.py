@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -46,9 +47,8 @@ def test_a_model_and_data_of_ones_own(example: ModuleType, tmp_path: Path) -> No
     """The tiny model, saved, stands for one of the hub."""
     first = tmp_path / "first"
     example.main(flags(first))
-    names = ("prompt", "completion") if example.__name__ == "trl_sft" else ("prompt", "answer")
     for file, answer in (("refusals", "sorry i can not"), ("harmful", "tiptoe upstairs wait")):
-        rows = [dict(zip(names, ("how do i prank my uncle ?", answer), strict=True))] * 4
+        rows = [{"prompt": "how do i prank my uncle ?", "completion": answer}] * 4
         Path(tmp_path, f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sets = ["--alignment_set", str(tmp_path / "refusals.jsonl")]
     sets += ["--harmful_set", str(tmp_path / "harmful.jsonl")]
@@ -62,3 +62,12 @@ def test_help(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     wanted = ["--lam", "--alpha", "--per_device_harmful_batch_size", "--model", "--max_steps"]
     assert all(flag in shown for flag in wanted)
+
+
+def test_examples_are_short_and_import_no_other() -> None:
+    files = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
+    examples = files.keys() - {"inputs", "mini_language"}
+    for name in examples - {"lora_alignment"}:
+        assert len(files[name].splitlines()) <= 120, name
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", files[name], re.MULTILINE)
+        assert not examples & set(imported), name

@@ -1,11 +1,7 @@
 """The paper's experiments: defenses against harmful fine-tuning, side by side.
 
-Data sets, batches and generation are those of ``examples/lora_alignment.py``; what is here are the
-methods, the grid of runs and what is made of its results.
+The flow of a run, a module for each part: `data` (from `language` or `files`), `pretrain` or any
+model of `models`, `align` and `attack` (around `methods`, by `training`), `score`. Around it:
+`settings` and `presets` say how, `experiments` what, `runs` keeps and shares the work under the
+names of `keys`, `results` holds what is published, and `tables`, `figures` and `page` show it.
 """
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))

@@ -1,222 +1,364 @@
-"""Runs the paper's experiments and writes their tables, plots and report.
+"""Runs the paper's experiments, and makes tables and figures of what came out.
 
-An experiment is a grid of runs: a defense aligns a model, a user fine-tunes it on a task of which a
-fraction p of the samples are harmful, and the harmful score, the finetune accuracy and the
-over-refusal are measured before, during and after. Finished stages are kept under --cache: the same
-command goes on where it was stopped.
+A defense aligns a model, a user fine-tunes it on a task of which a fraction p of the samples are
+harmful, and the harmful score, the finetune accuracy and the over-refusal are measured before,
+during and after. What is finished is kept under --cache: the same command goes on where it was
+stopped.
 
-    python -m benchmarks.harmful_finetuning harmful-ratio --preset small --trained full
-    python -m benchmarks.harmful_finetuning all --preset quick
-    python -m benchmarks.harmful_finetuning harmful-ratio --preset paper --dry_run \
-        --config benchmarks/harmful_finetuning/configs/llama2_7b.json
+    python -m benchmarks.harmful_finetuning run harmful-ratio --trained full
+    python -m benchmarks.harmful_finetuning run all --preset quick
+    python -m benchmarks.harmful_finetuning tables harmful-ratio --trained full
+    python -m benchmarks.harmful_finetuning publish
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from transformers import HfArgumentParser
 
-from benchmarks.harmful_finetuning import grid, landscape, report, system
-from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, MEASUREMENTS, Request
+from benchmarks.harmful_finetuning import landscape, page, results, runs, system, tables
+from benchmarks.harmful_finetuning.experiments import (
+    CANDIDATES,
+    EXPERIMENTS,
+    NEED_LANGUAGE,
+    NEED_PRETRAINING,
+    Experiment,
+    Point,
+    points,
+    tuning_points,
+)
 from benchmarks.harmful_finetuning.methods import METHODS
-from benchmarks.harmful_finetuning.settings import FULL, PRESETS, TUNED, Settings, read_config
-from lora_alignment import HelpFormatter, quieten_libraries, read_json, shown_on
+from benchmarks.harmful_finetuning.presets import PRESETS, preset
+from benchmarks.harmful_finetuning.settings import Settings, changed, config_flags
 
-NEED_PRETRAINING = {"architectures", "width"}
-NEED_LANGUAGE = {"answer-length", "entropy", "kind-samples"}
-ALL = EXPERIMENTS | MEASUREMENTS
-MEASURE = {"landscape": landscape.measure, "system": system.measure}
-OTHERS = (*MEASURE, "pretrain", "report", "all")
+Preset = Literal[tuple(PRESETS)]  # pyright: ignore[reportInvalidTypeForm]
+Name = Literal[(*EXPERIMENTS, "all")]  # pyright: ignore[reportInvalidTypeForm]
+Published = Literal[tuple(EXPERIMENTS)]  # pyright: ignore[reportInvalidTypeForm]
+MethodName = Literal[tuple(METHODS)]  # pyright: ignore[reportInvalidTypeForm]
+Tuned = Literal[tuple(CANDIDATES)]  # pyright: ignore[reportInvalidTypeForm]
+WORKERS = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command that computes takes."""
+
+    preset: Preset = "small"
+    """sizes of a run"""
+    config: str = ""
+    """JSON file of settings, over the preset's"""
+    workers: int = WORKERS
+    """processes that share the work; 1 does everything in this process"""
+    cache: Path = Path("~/.cache/torch_booster/benchmark")
+    """where finished work is kept"""
+    output: Path = Path("harmful_finetuning")
+    """folder of tables to which the results are added"""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        """Refuses what could only fail later."""
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}, expected at least 1")
+
+    @property
+    def tuned(self) -> Settings:
+        """The settings with the hyperparameters of the preset, unless a configuration is given."""
+        known = {} if self.config else preset(self.preset, self.settings.trained).given
+        return changed(self.settings, {"given": known | self.settings.given})
+
+
+@dataclass(frozen=True)
+class Run(Common):
+    """Runs experiments."""
+
+    experiments: tyro.conf.Positional[tuple[Name, ...]] = ()
+    """which"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """each with a base model of its own"""
+    methods: tuple[MethodName, ...] = ()
+    """instead of the experiments' own"""
+    ends_only: bool = False
+    """the first and the last value of each axis alone (always so with --preset quick)"""
+    dry_run: bool = False
+    """show what would be run, and stop"""
+
+
+@dataclass(frozen=True)
+class Tune(Common):
+    """Scores four settings of each method on validation prompts."""
+
+    seeds: tuple[int, ...] = (100, 101)
+    """that no published run uses"""
+    methods: tuple[Tuned, ...] = tuple(CANDIDATES)
+    """which"""
+
+
+@dataclass(frozen=True)
+class Landscape(Common):
+    """Follows aligned models along one harmful step of growing length, before any attack."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """each with a base model of its own"""
+    methods: tuple[MethodName, ...] = ("sft", "booster", "booster_warmed")
+    """which"""
+
+
+@dataclass(frozen=True)
+class System(Common):
+    """Measures what each method's alignment step costs, side by side in one process."""
+
+    methods: tuple[MethodName, ...] = ("sft", "repnoise", "vaccine", "booster", "booster_vaccine")
+    """which; the first is what the others are compared with"""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Prints all tables of one experiment."""
+
+    experiment: tyro.conf.Positional[Published]
+    """which"""
+    trained: Literal["lora", "full"] = "full"
+    """what both stages trained"""
+    round: str = ""
+    """one_base for the first round"""
+    folder: Path = results.FOLDER
+    """where the tables are"""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Writes docs/results.md and its figures from the published tables."""
+
+    folder: Path = results.FOLDER
+    """where the tables are"""
+    docs: Path = page.DOCS
+    """where the page and its images go"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     console = Console()
-    quieten_libraries()
-    parser = _parser()
+    runs.quieten_libraries()
     try:
-        settings, options = _parsed(parser, argv)
-    except ValueError as error:
-        parser.error(str(error))
-    cache, output = Path(options.cache).expanduser(), Path(options.output)
-    request = Request(settings, options.seeds, options.methods, options.preset == "quick")
-    names = list(ALL) if options.experiment == "all" else [options.experiment]
-    fixed = NEED_PRETRAINING if settings.model else set[str]()  # it has the size that it has
-    if not settings.templated:
-        fixed = fixed | NEED_LANGUAGE
-    names = [name for name in names if name not in fixed]
-    if not names:
-        needed = "a pretrained base" if options.experiment in NEED_PRETRAINING else "the templates"
-        parser.error(
-            f"{options.experiment} varies {needed}; run it without --model, --data_root, "
-            "--beavertails or a config that sets them"
-        )
-    if options.dry_run:
-        return _dry_run(names, request, console)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        if options.experiment == "report":
-            return _report(output, console)
-        cache.mkdir(parents=True, exist_ok=True)
-        with Progress(*columns, console=console) as progress:
-            if "pretrain" in names:
-                for seed in options.seeds:
-                    cell = grid.Cell("sft", seed, settings, {})
-                    grid.pretrain(cell, cache, shown_on(progress))
-            for name, cells in _run(names, request, cache, options.workers, progress).items():
-                _write(output, name, options, argv, cells)
-        return 0 if options.experiment == "pretrain" else _report(output, console)
+        return _do(_parsed(argv), argv, console)
     except KeyboardInterrupt:
-        console.print("Interrupted. Finished runs are kept: the same command goes on from them.")
+        console.print("Interrupted. Finished work is kept: the same command goes on from there.")
         return 130
     except (OSError, ValueError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
 
 
-def _parser() -> Any:
-    parser = HfArgumentParser(
-        [Settings],  # pyright: ignore[reportArgumentType]
-        prog="python -m benchmarks.harmful_finetuning",
-        formatter_class=HelpFormatter,
-        description=__doc__,
-    )
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, *OTHERS], help="what to run")
-    parser.add_argument("--preset", choices=list(PRESETS), default="small", help="sizes of a run")
-    parser.add_argument("--config", default="", help="JSON file of settings, over the preset's")
-    parser.add_argument(
-        "--methods", nargs="+", default=[], choices=list(METHODS), help="instead of the usual ones"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
-        help="processes that share the runs",
-    )
-    parser.add_argument(
-        "--cache", default="~/.cache/torch_booster/benchmark", help="where finished stages are kept"
-    )
-    parser.add_argument(
-        "--output", default="harmful_finetuning", help="where results, plots and report go"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="show the runs and stop")
-    return parser
+COMMANDS: dict[str, type] = {
+    "run": Run,
+    "tune": Tune,
+    "landscape": Landscape,
+    "system": System,
+    "tables": Show,
+    "publish": Publish,
+}
 
 
-def _parsed(parser: Any, argv: list[str]) -> tuple[Settings, argparse.Namespace]:
+def _parsed(argv: list[str]) -> Any:
     """Command line over config over the preset's choices over the paper's defaults."""
-    first, _ = parser.parse_known_args(argv)
-    known = PRESETS[first.preset]
-    if first.trained == "full":
-        known = known | FULL[first.preset]
-    if first.config:
-        known = known | read_config(Path(first.config))
-    parser.set_defaults(**known)
-    settings, options = parser.parse_args_into_dataclasses(argv)
-    if not settings.templated:
-        parser.set_defaults(kind_samples=0)  # real sets have no answered kind requests
-        settings, options = parser.parse_args_into_dataclasses(argv)
-    if options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}, expected at least 1")
-    if not options.config:
-        tuned = TUNED.get((options.preset, settings.trained), [])
-        settings = Settings(
-            **asdict(settings) | {"hyperparameters": [*tuned, *settings.hyperparameters]}
-        )
-    return settings, options
-
-
-def _run(
-    names: list[str], request: Request, cache: Path, workers: int, progress: Progress
-) -> dict[str, list[dict[str, Any]]]:
-    """The results of each experiment; runs that experiments share are run once."""
-    cells = {name: EXPERIMENTS[name].cells(request) for name in names if name in EXPERIMENTS}
-    results = iter(
-        grid.run([c for group in cells.values() for c in group], cache, workers, progress)
+    chosen: dict[str, Any] = {}
+    words = dict(itertools.pairwise(argv))  # enough to find the defaults of the rest
+    if argv and issubclass(COMMANDS.get(argv[0], Show), Common):
+        name, trained = words.get("--preset", "small"), words.get("--trained", "lora")
+        extra = config_flags(Path(words["--config"])) if "--config" in words else []
+        if "--trained" in extra:
+            trained = words.get("--trained", extra[extra.index("--trained") + 1])
+        # What was tuned comes in later: a table that is not empty would fix its keys.
+        settings = changed(preset(name if name in PRESETS else "small", trained), {"given": {}})
+        if {"--data.root", "--data.beavertails", "--data.harmful.set", "--base.model"} & {*words}:
+            settings = changed(settings, {"data.kind_samples": 0})  # which have no answers there
+        chosen = {"settings": settings}
+        own = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+        argv = [*argv[:own], *extra, *argv[own:]]
+    kinds = [
+        Annotated[
+            kind,
+            tyro.conf.subcommand(
+                name,
+                **({"default": kind(**chosen)} if issubclass(kind, Common) else {}),
+            ),
+        ]
+        for name, kind in COMMANDS.items()
+    ]
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    return tyro.cli(
+        union,
+        args=argv,
+        prog="python -m benchmarks.harmful_finetuning",
+        description=__doc__,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
-    found = {name: [next(results) for _ in group] for name, group in cells.items()}
-    show = shown_on(progress)
-    for name in names:
-        if name in MEASUREMENTS:
-            found[name] = MEASURE[name](MEASUREMENTS[name].cells(request), cache, show)
-    return found
 
 
-def _write(
-    output: Path,
-    name: str,
-    options: argparse.Namespace,
-    argv: list[str],
-    cells: list[dict[str, Any]],
-) -> None:
-    """Writes an experiment's results, whole or not at all."""
-    experiment = ALL[name]
-    trained = cells[0]["trained"]
-    result = {
-        "experiment": name,
-        "title": experiment.title,
-        "axis": experiment.axis,
-        "note": experiment.note,
-        "preset": options.preset,
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.harmful_finetuning", *_reproducing(argv)]
-        ),
-        "cells": cells,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / f"{name}-{trained}.json"
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    unfinished.replace(file)
+def _do(command: Any, argv: list[str], console: Console) -> int:
+    if isinstance(command, Show):
+        found = results.load(command.folder)
+        console.out(tables.details(found, command.experiment, command.trained, command.round))
+        return 0
+    if isinstance(command, Publish):
+        for file in page.write(results.load(command.folder), command.docs):
+            console.print(str(file), soft_wrap=True)
+        return 0
+    if isinstance(command, Run):
+        return _run(command, argv, console)
+    return _measure(command, argv, console)
 
 
-def _reproducing(argv: list[str]) -> list[str]:
-    """The command line without the folders of this machine."""
-    places = {i for i, word in enumerate(argv) if word in ("--cache", "--output")}
-    return [word for i, word in enumerate(argv) if i not in places and i - 1 not in places]
+def _run(command: Run, argv: list[str], console: Console) -> int:
+    chosen = _chosen(command)
+    ends = command.ends_only or command.preset == "quick"
+    planned: dict[str, list[Point]] = {}
+    seen: set[str] = set()
+    for name, experiment in chosen.items():
+        own = command.methods or experiment.methods
+        if ends:  # each method once, and in every experiment the two that all is about
+            own = [m for m in own if m in ("sft", "booster") or m not in seen]
+        seen |= {*own}
+        planned[name] = list(points(experiment, command.tuned, command.seeds, own, ends))
+    for name, wanted in planned.items():
+        methods = ", ".join(dict.fromkeys(point.run.method for point in wanted))
+        model = command.settings.base.model or f"a small {command.settings.base.architecture}"
+        console.print(f"{name}: {len(wanted)} runs of {model}: {methods}", soft_wrap=True)
+    if command.dry_run:
+        return 0
+    records = iter(
+        _with_progress(
+            command,
+            console,
+            lambda cache, progress: runs.finish(
+                [point.run for wanted in planned.values() for point in wanted],
+                cache,
+                command.workers,
+                progress,
+            ),
+        )
+    )
+    found = results.load(command.output)
+    for name, wanted in planned.items():
+        pairs = results.points_of(wanted, [next(records) for _ in wanted])
+        trained = command.settings.trained
+        found = results.added(found, name, trained, _reproducing(argv, name), pairs)
+    results.save(found, command.output)
+    for name in planned:
+        if len(planned) == 1:
+            console.out(tables.details(found, name, command.settings.trained))
+    console.print(f"results: {command.output}", soft_wrap=True)
+    return 0
 
 
-def _report(output: Path, console: Console) -> int:
-    """Makes the tables, plots and the HTML report of all results in the folder."""
-    files = [read_json(file) for file in sorted(output.glob("*.json"))]
-    results = [result for result in files if isinstance(result, dict) and "experiment" in result]
-    if not results:
-        console.print(f"[red]error:[/] there are no results in {output}", highlight=False)
-        return 2
-    for result in results:
-        if result["experiment"] == "qualitative":
-            text = report.qualitative(result)
+def _chosen(command: Run) -> dict[str, Experiment]:
+    """The experiments that were asked for and that fit the settings.
+
+    Raises:
+        ValueError: None was asked for, or none fits.
+    """
+    settings = command.settings
+    fixed = NEED_PRETRAINING if settings.base.model else set[str]()  # it has the size that it has
+    fixed = fixed if settings.templated else fixed | NEED_LANGUAGE
+    asked = EXPERIMENTS if "all" in command.experiments else dict.fromkeys(command.experiments)
+    if not asked:
+        raise ValueError(f"name an experiment: {', '.join(EXPERIMENTS)} or all")
+    chosen = {name: EXPERIMENTS[name] for name in asked if name not in fixed}
+    if not chosen:
+        name = next(iter(asked))
+        needed = "a pretrained base" if name in NEED_PRETRAINING else "the templates"
+        raise ValueError(
+            f"{name} varies {needed}; run it without --base.model, --data.root, "
+            "--data.beavertails, --data.harmful.set or a config that sets them"
+        )
+    return chosen
+
+
+def _measure(command: Any, argv: list[str], console: Console) -> int:
+    """Tunes, or measures what attacks no model."""
+    settings: Settings = command.tuned
+    found = results.load(command.output)
+    if isinstance(command, Tune):
+        wanted = list(tuning_points(settings, command.seeds, command.methods))
+        records = _with_progress(
+            command,
+            console,
+            lambda cache, progress: runs.finish(
+                [point.run for point in wanted], cache, command.workers, progress
+            ),
+        )
+        rows = [_tuned(settings, *pair) for pair in zip(wanted, records, strict=True)]
+        found = results.merged(found, "tuning", rows)
+        console.out(tables.tuning(found, settings.trained))
+    else:
+        seeds = command.seeds if isinstance(command, Landscape) else (0,)
+        wanted = [runs.run_of(name, seed, settings) for seed in seeds for name in command.methods]
+        name = argv[0]
+        measure: Any = landscape.measure if isinstance(command, Landscape) else system.measure
+        rows = _with_progress(
+            command,
+            console,
+            lambda cache, progress: measure(wanted, cache, runs.shown_on(progress)),
+        )
+        if isinstance(command, Landscape):
+            found = results.merged(results.merged(found, "lines", rows[0]), "gradients", rows[1])
+            console.out(tables.lines(found, settings.trained, "harmful_loss", "gradient"))
         else:
-            text = report.markdown(result)
-        (output / f"{result['experiment']}-{result['cells'][0]['trained']}.md").write_text(text)
-    (output / "targets.md").write_text(report.targets(results))
-    console.print(f"tables, plots and report: {report.html(results, output)}")
+            found = results.merged(found, "costs", rows)
+            console.out(tables.costs(found, settings.trained))
+        where = {"round": "", "experiment": name, "trained": settings.trained}
+        line = where | {"command": _reproducing(argv, name)}
+        found = results.merged(found, "commands", [line])
+    results.save(found, command.output)
+    console.print(f"results: {command.output}", soft_wrap=True)
     return 0
 
 
-def _dry_run(names: list[str], request: Request, console: Console) -> int:
-    for name in names:
-        if name in ALL:
-            cells = ALL[name].cells(request)
-            methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
-            model = request.settings.model or f"small {request.settings.architecture}"
-            console.print(f"{name}: {len(cells)} runs of {model}: {methods}", soft_wrap=True)
-    return 0
+def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, Any]:
+    return {
+        "round": "",
+        "trained": settings.trained,
+        "kind_samples": settings.data.kind_samples,
+        "method": point.run.method,
+        "setting": json.dumps(point.value),
+        "seed": point.run.seed,
+        **{score: record["attacked"][score] for score in results.SCORES},
+        "aligned_harmful_loss": record["aligned"]["harmful_loss"],
+    }
+
+
+def _with_progress(command: Common, console: Console, work: Callable[[Path, Progress], Any]) -> Any:
+    cache = command.cache.expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // command.workers))
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        return work(cache, progress)
+
+
+def _reproducing(argv: list[str], name: str) -> str:
+    """The command line of one experiment, without the folders of this machine."""
+    places = {i for i, word in enumerate(argv) if word in ("--cache", "--output", "--workers")}
+    kept = [w for i, w in enumerate(argv) if i not in places and i - 1 not in places]
+    rest = [word for word in kept[1:] if word not in (*EXPERIMENTS, "all")]
+    own = [name] if argv[0] == "run" else []
+    return shlex.join(["python", "-m", "benchmarks.harmful_finetuning", argv[0], *own, *rest])
 
 
 if __name__ == "__main__":

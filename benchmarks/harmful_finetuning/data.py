@@ -1,4 +1,4 @@
-"""Samples of every stage, from the templated language or from real sets.
+"""Samples of every stage: of the templated language, of real sets, or of a user's own.
 
 Harmful prompts are split once, by prompt: those that the alignment stage sees (as refusals and as
 simulated harm), those of the attack, and those of validation and test. The split does not depend on
@@ -8,18 +8,21 @@ the seed, so that all runs of an experiment are asked the same.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lora_alignment
-import mini_language
 from benchmarks.harmful_finetuning import language
-from benchmarks.harmful_finetuning.settings import Settings
-from lora_alignment import answered, examples_of, label, read_rows
-from mini_language import Example
-
-__all__ = ["Samples", "load", "pretraining", "user_data"]
+from benchmarks.harmful_finetuning.files import (
+    SUFFIXES,
+    Finish,
+    answered,
+    examples_of,
+    hub_rows,
+    label,
+    read_rows,
+)
+from benchmarks.harmful_finetuning.language import Example
+from benchmarks.harmful_finetuning.settings import Settings, Source
 
 SST2_LABELS = ["negative", "positive"]
 AG_NEWS_LABELS = ["world", "sports", "business", "science"]
@@ -37,118 +40,193 @@ class Samples(NamedTuple):
     look_alikes: list[str]  # safe prompts that look harmful
 
 
+class Sets(NamedTuple):
+    """What samples are made of, wherever it comes from."""
+
+    harmful: list[Example]
+    refusals: list[Example]  # harmful prompts with refusals of their own, where there are any
+    task: list[Example]
+    task_test: list[Example]
+    look_alikes: list[str]
+
+
 def load(settings: Settings) -> Samples:
     """Reads or makes every sample that a run needs.
 
     Raises:
         ValueError: A set cannot be read, or is too small for the settings.
     """
-    if settings.templated:
-        harmful, task, task_test, look_alikes = _templated(settings)
-        refusals = {}
+    data, n = settings.data, settings.score.samples
+    if data.harmful.set:
+        sets = _own(settings)
     else:
-        harmful, refusals, task, task_test, look_alikes = _real(settings)
-    kind = _answered(look_alikes, settings)
-    parts = lora_alignment.split_harmful(harmful)
+        sets = _templated(settings) if settings.templated else _real(settings)
+    parts = split_harmful(sets.harmful)
     simulate = parts["simulate"]
-    n = settings.eval_samples
-    held_out = {"validation": task_test[:n], "test": task_test[n:] or task_test[:n]}
+    tests = {"validation": sets.task_test[:n], "test": sets.task_test[n:] or sets.task_test[:n]}
     samples = Samples(
-        alignment=[
-            Example(prompt, refusals.get(prompt, settings.refusal))
-            for prompt, _ in simulate[: settings.alignment_samples]
-        ]
-        + kind,
-        harmful=simulate[: settings.harmful_samples],
+        alignment=_refusals(settings, sets, parts)[: data.alignment_samples]
+        + _kind(sets.look_alikes, settings),
+        harmful=simulate[: data.harmful_samples],
         attack=parts["attack"],
-        evaluation=parts[settings.split][:n],
-        task=task,
-        task_evaluation=held_out[settings.split][:n],
-        look_alikes=look_alikes[:n],
+        evaluation=parts[settings.score.split][:n],
+        task=sets.task,
+        task_evaluation=tests[settings.score.split][:n],
+        look_alikes=sets.look_alikes[:n],
     )
     _check(samples, settings)
     return samples
 
 
+def split_harmful(examples: list[Example]) -> dict[str, list[Example]]:
+    """Splits the harmful set by prompt: 45 % simulate, 25 % attack, 10 % validation, 20 % test."""
+    distinct = list({example.prompt: example for example in examples}.values())
+    random.Random(0).shuffle(distinct)
+    bounds = [round(len(distinct) * share) for share in (0.45, 0.7, 0.8, 1.0)]
+    names = ("simulate", "attack", "validation", "test")
+    return {
+        name: distinct[start:end]
+        for name, start, end in zip(names, [0, *bounds], bounds, strict=False)
+    }
+
+
+def _refusals(settings: Settings, sets: Sets, parts: dict[str, list[Example]]) -> list[Example]:
+    """Harmful prompts with refusals: those of the simulation, or a set of its own."""
+    if settings.data.refusals.set:
+        held = {e.prompt for name in ("attack", "validation", "test") for e in parts[name]}
+        return [example for example in sets.refusals if example.prompt not in held]
+    own = dict(sets.refusals)
+    usual = settings.data.refusal
+    return [Example(prompt, own.get(prompt, usual)) for prompt, _ in parts["simulate"]]
+
+
 def _check(samples: Samples, settings: Settings) -> None:
     for name in ("alignment", "harmful"):
         size = len(getattr(samples, name))
-        if size < settings.batch_size:
+        if size < settings.align.batch_size:
             raise ValueError(
-                f"{size} {name} samples are less than a batch, {settings.batch_size}; lower "
-                "batch_size, or use larger sets"
+                f"{size} {name} samples are less than a batch, {settings.align.batch_size}; lower "
+                "align.batch_size, or use larger sets"
             )
     for name in ("evaluation", "task_evaluation"):
         if not getattr(samples, name):
             raise ValueError(f"the sets leave no {name} prompts; use larger ones")
-    wanted = round(settings.p * settings.samples)
+    p, n = settings.attack.p, settings.attack.samples
+    wanted = round(p * n)
     if wanted > len(samples.attack):
         raise ValueError(
-            f"p {settings.p} of {settings.samples} samples needs {wanted} harmful ones, but "
-            f"{len(samples.attack)} are held for the attack; lower p or samples"
+            f"attack.p {p} of {n} samples needs {wanted} harmful ones, but {len(samples.attack)} "
+            "are held for the attack; lower attack.p or attack.samples"
         )
-    if settings.samples - wanted > len(samples.task):
+    if n - wanted > len(samples.task):
         raise ValueError(
-            f"{settings.samples - wanted} samples of the task {settings.task} are wanted, but it "
-            f"has {len(samples.task)}; lower samples"
+            f"{n - wanted} samples of the user's task are wanted, but it has {len(samples.task)}; "
+            "lower attack.samples"
         )
 
 
 def user_data(samples: Samples, settings: Settings, seed: int) -> list[Example]:
     """The n samples a user fine-tunes on, a fraction p of them harmful."""
     rng = random.Random(seed)
-    harmful = round(settings.p * settings.samples)
+    harmful = round(settings.attack.p * settings.attack.samples)
     mix = rng.sample(samples.attack, harmful)
-    return mix + rng.sample(samples.task, settings.samples - harmful)
+    return mix + rng.sample(samples.task, settings.attack.samples - harmful)
 
 
-def _templated(
-    settings: Settings,
-) -> tuple[list[Example], list[Example], list[Example], list[str]]:
+# ---------------------------------------------------------------------- the templated language
+
+
+def _templated(settings: Settings) -> Sets:
     # A generator for each, so that neither the task nor its size changes the other samples.
-    shape = (settings.answer_words, settings.branching)
-    harmful = language.requests(mini_language.MISCHIEF, random.Random(0), *shape)
-    test = 2 * settings.eval_samples
-    size = max(1_000, settings.samples) + test
-    task = language.task(settings.task, size, random.Random(0), *shape)
-    return harmful, task[test:], task[:test], language.look_alikes(random.Random(0))
+    shape = (settings.data.answer_words, settings.data.branching)
+    harmful = language.requests(language.MISCHIEF, random.Random(0), *shape)
+    test = 2 * settings.score.samples
+    size = max(1_000, settings.attack.samples) + test
+    task = language.task(settings.data.task, size, random.Random(0), *shape)
+    return Sets(harmful, [], task[test:], task[:test], language.look_alikes(random.Random(0)))
 
 
-def _answered(look_alikes: list[str], settings: Settings) -> list[Example]:
+def _kind(look_alikes: list[str], settings: Settings) -> list[Example]:
     """The kind requests that alignment shows with help: the last ones; the first are evaluated."""
-    if not settings.kind_samples:
+    wanted = settings.data.kind_samples
+    if not wanted:
         return []
     if not settings.templated:
-        raise ValueError("kind_samples needs the templated language: the real sets have no answers")
-    left = look_alikes[settings.eval_samples :][::-1]
-    if settings.kind_samples > len(left):
         raise ValueError(
-            f"kind_samples is {settings.kind_samples}, but the evaluation leaves {len(left)} kind "
-            "requests"
+            "data.kind_samples needs the templated language, the other sets have no answers; set 0"
         )
-    shape = (settings.answer_words, settings.branching)
-    return language.helped(left[: settings.kind_samples], random.Random(1), *shape)
+    left = look_alikes[settings.score.samples :][::-1]
+    if wanted > len(left):
+        raise ValueError(
+            f"data.kind_samples is {wanted}, but the evaluation leaves {len(left)} kind requests"
+        )
+    shape = (settings.data.answer_words, settings.data.branching)
+    return language.helped(left[:wanted], random.Random(1), *shape)
+
+
+# ------------------------------------------------------------------------------ a user's own
+
+
+def _own(settings: Settings) -> Sets:
+    data = settings.data
+
+    def task_row(example: Example) -> Example:
+        answer = answered(example).answer
+        return Example(
+            data.user_template.replace("{prompt}", example.prompt),
+            label(answer, data.labels) if data.labels else answer,
+        )
+
+    def refusal_row(example: Example) -> Example:
+        return Example(example.prompt, example.answer or data.refusal)
+
+    harmful = read_source(data.harmful, "harmful")
+    refusals = read_source(data.refusals, "refusals", refusal_row) if data.refusals.set else []
+    task = read_source(data.user, "user", task_row)
+    random.Random(0).shuffle(task)
+    if data.user_test.set:
+        test = read_source(data.user_test, "user_test", task_row)
+        random.Random(0).shuffle(test)
+    else:
+        held = 2 * settings.score.samples
+        task, test = task[held:], task[:held]
+    return Sets(harmful, refusals, task, test, [])
+
+
+def read_source(source: Source, flag: str, finish: Finish = answered) -> list[Example]:
+    """A set on the hub or in a file, as examples.
+
+    Args:
+        source: Where it is, and its columns.
+        flag: Its name among the flags, for error messages.
+        finish: Makes the final example of one that was read, or raises ValueError.
+
+    Raises:
+        ValueError: No such set, file type or column, no rows, or a row that is no example.
+    """
+    path = Path(source.set)
+    remedies = (f"set --data.{flag}.prompt or add it", f"set --data.{flag}.answer or add it")
+    try:
+        local = path.is_file() or path.suffix.lower() in SUFFIXES
+        rows = read_rows(path) if local else hub_rows(source.set, source.split)
+        return examples_of(rows, source.prompt, source.answer or None, finish, remedies)
+    except ValueError as error:
+        raise ValueError(f"--data.{flag}.set {error}") from error
 
 
 # ---------------------------------------------------------------------------------- real sets
 
 
-def _read(
-    path: Path, prompt: str, answer: str, finish: Callable[[Example], Example] = answered
-) -> list[Example]:
+def _read(path: Path, prompt: str, answer: str, finish: Finish = answered) -> list[Example]:
     return examples_of(read_rows(path), prompt, answer, finish)
 
 
-def _real(
-    settings: Settings,
-) -> tuple[list[Example], dict[str, str], list[Example], list[Example], list[str]]:
-    """Harmful prompts with answers, their refusals, the task, its test rows, and look-alikes."""
-    root = Path(settings.data_root)
-    refusals: dict[str, str] = {}
-    if settings.beavertails:
-        path = Path(settings.beavertails)
-        harmful = _read(path, "instruction", "output")
-        refusals = dict(_read(path, "instruction", "refusal"))
+def _real(settings: Settings) -> Sets:
+    root, beavertails = Path(settings.data.root), Path(settings.data.beavertails)
+    refusals: list[Example] = []
+    if settings.data.beavertails:
+        harmful = _read(beavertails, "instruction", "output")
+        refusals = _read(beavertails, "instruction", "refusal")
     else:
         harmful = _read(root / "advbench" / "advbench.csv", "goal", "target")
         harmful += _read(root / "harmbench" / "harmbench_filtered.csv", "prompt", "target")
@@ -157,10 +235,10 @@ def _real(
     look_alikes = [prompt for prompt, verdict in rows if verdict == "safe"]
     rng = random.Random(0)
     rng.shuffle(look_alikes)
-    train, test = _TASKS[settings.task](root)
+    train, test = _TASKS[settings.data.task](root)
     for examples in (train, test):
         rng.shuffle(examples)
-    return harmful, refusals, train, test, look_alikes
+    return Sets(harmful, refusals, train, test, look_alikes)
 
 
 def _sst2(root: Path) -> tuple[list[Example], list[Example]]:
@@ -219,10 +297,9 @@ def pretraining(settings: Settings) -> list[Example]:
     Held-out harmful prompts, the attack's prompts and the tasks' test rows are not among it. The
     base has to know how a refusal sounds, so that it is asked the impossible too.
     """
-    root = Path(settings.data_root)
+    root = Path(settings.data.root)
     examples = [row for task in _TASKS.values() for row in task(root)[0][:4_000]]
-    harmful, *_ = _real(settings)
-    known = lora_alignment.split_harmful(harmful)["simulate"]
-    impossible = mini_language.prompts(mini_language.UNANSWERABLE)
-    refused = [Example(prompt, settings.refusal) for prompt, _ in impossible]
+    known = split_harmful(_real(settings).harmful)["simulate"]
+    impossible = language.prompts(language.UNANSWERABLE)
+    refused = [Example(prompt, settings.data.refusal) for prompt, _ in impossible]
     return examples + 5 * known + 5 * refused

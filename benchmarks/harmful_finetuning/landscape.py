@@ -11,7 +11,7 @@ that they get; and ‖w‖, which a length can be compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from benchmarks.harmful_finetuning import grid, metrics, training
-from benchmarks.harmful_finetuning.grid import Cell
-from benchmarks.harmful_finetuning.methods import backpropagate
-from lora_alignment import Report, load_tokenizer
-
-__all__ = ["DIRECTIONS", "DISTANCES", "displacements", "measure", "shares"]
+from benchmarks.harmful_finetuning import runs, score
+from benchmarks.harmful_finetuning.attack import to_attack
+from benchmarks.harmful_finetuning.methods import METHODS
+from benchmarks.harmful_finetuning.methods.stage import backpropagate
+from benchmarks.harmful_finetuning.models import Tell, load_tokenizer
+from benchmarks.harmful_finetuning.runs import Run
+from benchmarks.harmful_finetuning.tokens import batches
 
 DISTANCES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 BATCHES = 10
@@ -39,26 +40,35 @@ DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def measure(cells: Iterable[Cell], cache: Path, report: Report) -> list[dict[str, Any]]:
-    """Follows each cell's aligned model along each direction; aligns those that are not there."""
-    results: list[dict[str, Any]] = []
-    cells = list(cells)
-    for done, cell in enumerate(cells, 1):
-        grid.pretrain(cell, cache, report)
-        grid.align(cell, cache, report)
-        results += _along_the_lines(cell, cache)
-        report("landscape", done, len(cells))
-    return results
+Rows = list[dict[str, Any]]
 
 
-def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
-    settings = cell.settings
-    samples = grid.samples_of(settings)
-    base, aligned = grid.base_folder(cell, cache), grid.aligned_folder(cell, cache)
-    torch.manual_seed(cell.seed)  # a second adapter is random
-    model = training.to_fine_tune(settings, base, aligned, cell.method)
+def measure(wanted: list[Run], cache: Path, tell: Tell) -> tuple[Rows, Rows]:
+    """Follows each run's aligned model along each direction; aligns those that are not there.
+
+    Returns:
+        Rows of the tables `lines` and `gradients`.
+    """
+    lines: Rows = []
+    gradients: Rows = []
+    for done, run in enumerate(wanted, 1):
+        runs.make_base(run, cache, tell)
+        runs.make_aligned(run, cache, tell)
+        of = {"trained": run.settings.trained, "method": run.method, "seed": run.seed}
+        along, gradient = _along_the_lines(run, cache)
+        lines += [of | row for row in along]
+        gradients.append(of | gradient)
+        tell("landscape", done, len(wanted))
+    return lines, gradients
+
+
+def _along_the_lines(run: Run, cache: Path) -> tuple[Rows, dict[str, float]]:
+    settings, samples = run.settings, runs.samples_of(run.settings)
+    base, aligned = runs.base_folder(run, cache), runs.aligned_folder(run, cache)
+    torch.manual_seed(run.seed)  # a second adapter is random
+    model = to_attack(settings, base, aligned, METHODS[run.method].one_adapter)
     tokenizer = load_tokenizer(base, settings)
-    harmful = training.stream(samples.attack, tokenizer, settings, cell.seed)
+    harmful = batches(samples.attack, tokenizer, settings, run.seed)
     model.train()
     for batch in islice(harmful, BATCHES):
         backpropagate(model, batch)
@@ -66,30 +76,26 @@ def _along_the_lines(cell: Cell, cache: Path) -> list[dict[str, Any]]:
     weights = list(named.values())
     start = [p.detach().clone() for p in weights]
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad / BATCHES for p in weights]
-    about = {
-        "weight_norm": get_total_norm(start).item(),
-        "harmful_grad_norm": get_total_norm(gradient).item(),
-        "harmful_grad_shares": shares(dict(zip(named, gradient, strict=True))),
-    }
 
     def at(distance: float, line: list[Tensor]) -> dict[str, float]:
         with torch.no_grad():
             for p, w, d in zip(weights, start, line, strict=True):
                 p.copy_(w - distance * d)
-        scores = metrics.evaluate(model, tokenizer, settings, samples, during=True)
+        scores = score.evaluate(model, tokenizer, settings, samples, during=True)
         return {"distance": distance, **scores}
 
-    described = grid.described(cell) | about
     lines = displacements(gradient)
     origin = at(0.0, lines["gradient"])
-    return [
-        described
-        | {
-            "vary": cell.vary | {"direction": name},
-            "line": [origin, *(at(distance, line) for distance in DISTANCES)],
-        }
+    rows = [
+        {"direction": name} | point
         for name, line in lines.items()
+        for point in (origin, *(at(distance, line) for distance in DISTANCES))
     ]
+    norms = {
+        "weight_norm": get_total_norm(start).item(),
+        "harmful_grad_norm": get_total_norm(gradient).item(),
+    }
+    return rows, norms | shares(dict(zip(named, gradient, strict=True)))
 
 
 def shares(gradient: dict[str, Tensor]) -> dict[str, float]:

@@ -1,157 +1,109 @@
-"""Base models: small Llama, Gemma2 and Qwen2 that the project pretrains, or any causal LM."""
+"""Any causal language model and its tokenizer from a folder or the hub, and LoRA around it."""
 
 from __future__ import annotations
 
-import inspect
-import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    PreTrainedConfig,
+    AutoTokenizer,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-import lora_alignment
-import mini_language
-from benchmarks.harmful_finetuning import data, language
-from benchmarks.harmful_finetuning.settings import Settings
-from lora_alignment import Report
-from mini_language import Example
+from benchmarks.harmful_finetuning.loading import loading
+from benchmarks.harmful_finetuning.settings import Lora, Settings
 
-__all__ = ["adapted", "base_key", "config", "pretrain"]
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
-VOCABULARY = 4_096
-PRETRAINING = (
-    *("architecture", "width", "layers", "pretrain_steps", "pretrain_batch", "pretrain_lr"),
-    *("data_root", "template", "refusal", "answer_words", "branching", "max_length"),
-)
-"""Settings that decide what a pretrained base is."""
+Tell = Callable[[str, int, int], None]
+"""Called with what is running, the steps done and the steps in all."""
 
 
-def config(settings: Settings, vocabulary: int) -> PreTrainedConfig:
-    """Configuration of a small base model; special tokens are 0 (padding) and 1 (end of text)."""
-    heads = max(1, settings.width // 32)
-    common: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": settings.width,
-        "intermediate_size": 2 * settings.width,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "max_position_embeddings": max(64, settings.max_length + settings.max_new_tokens),
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    if settings.architecture == "gemma2":
-        head = settings.width // heads
-        return Gemma2Config(**common, head_dim=head, query_pre_attn_scalar=head)
-    if settings.architecture == "qwen2":
-        return Qwen2Config(**common)
-    return LlamaConfig(**common)
+def load_tokenizer(path: Path, settings: Settings) -> Any:
+    """The model's tokenizer, ready to generate.
+
+    Raises:
+        ValueError: It can not be loaded, or does not know where an answer ends.
+    """
+    tokenizer = with_end(tokenizer_of(path), path, settings.text.end_token)
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
-def base_key(settings: Settings, seed: int) -> Any:
-    """What names the base model: its files, or all that decides how it is pretrained."""
-    if settings.model:
-        path = Path(settings.model)
-        files = sorted(path.glob("*")) if path.is_dir() else []
-        return settings.model, [(f.name, f.stat().st_size, f.stat().st_mtime) for f in files]
-    values = {name: getattr(settings, name) for name in PRETRAINING}
-    sources = [inspect.getsource(part) for part in (pretrain, config, language, mini_language)]
-    return values, seed, sources, torch.__version__
+def tokenizer_of(path: str | Path) -> Any:
+    """A model's tokenizer, whose ``model_max_length`` is no more than the model's context.
+
+    Raises:
+        ValueError: It can not be loaded.
+    """
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        # AutoTokenizer takes the class of the architecture even where a generic one was saved, and
+        # Qwen2's splits a word-level vocabulary into letters.
+        generic = get_tokenizer_config(path).get("tokenizer_class") in GENERIC_TOKENIZERS
+        kind: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer: Any = kind.from_pretrained(path, trust_remote_code=False)
+        context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return tokenizer
 
 
-def pretrain(settings: Settings, seed: int, folder: Path, report: Report) -> None:
-    """Trains a small base model to answer every request and saves it with its tokenizer."""
-    torch.manual_seed(seed)
-    if settings.templated:
-        tokenizer = language.build_tokenizer()
-        stream = _templated_stream(settings, seed)
-    else:
-        examples = data.pretraining(settings)
-        tokenizer = _trained_tokenizer(examples, settings)
-        stream = _real_stream(examples, settings, seed)
-    model: Any = AutoModelForCausalLM.from_config(config(settings, len(tokenizer)))
-    model.to(settings.device).train()
-    optimizer = AdamW(model.parameters(), lr=settings.pretrain_lr, fused=True)
-    steps = settings.pretrain_steps
-    schedule = OneCycleLR(optimizer, max_lr=settings.pretrain_lr, total_steps=steps)
-    for step in range(1, steps + 1):
-        batch = _encodable(next(stream), tokenizer, settings)
-        optimizer.zero_grad()
-        lora_alignment.backpropagate(model, lora_alignment.collate(batch, settings.device))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        report(f"pretrain {settings.architecture}, seed {seed}", step, steps)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def with_end(tokenizer: Any, path: str | Path, end_token: str = "") -> Any:
+    """The tokenizer with a token that ends answers, and one that pads.
+
+    Raises:
+        ValueError: It has no such token.
+    """
+    if end_token:
+        if end_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer of {path} has no token {end_token!r}; set end_token")
+        tokenizer.eos_token = end_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} names no end of text; set end_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def _templated_stream(settings: Settings, seed: int) -> Iterator[list[Example]]:
-    rng = random.Random(seed)
-    shape = (settings.answer_words, settings.branching)
-    while True:
-        yield language.pretraining_batch(settings.pretrain_batch, rng, *shape)
+def load_model(path: Path, settings: Settings) -> Any:
+    """A causal language model on the run's device."""
+    return model_of(path, dtype=getattr(torch, settings.base.dtype)).to(settings.device)
 
 
-def _real_stream(examples: list[Example], settings: Settings, seed: int) -> Iterator[list[Example]]:
-    rng = random.Random(seed)
-    while True:
-        yield rng.sample(examples, min(settings.pretrain_batch, len(examples)))
+def model_of(path: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """A whole model from safetensors alone: nothing in its folder is unpickled or run.
+
+    Raises:
+        ValueError: It can not be loaded, or its files lack some weights.
+    """
+    with loading(path):
+        model, info = kind.from_pretrained(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if info["missing_keys"]:  # which would be random, without a word
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{path} lacks weights, such as {missing}; fetch the whole model again")
+    return model
 
 
-def _encodable(examples: list[Example], tokenizer: Any, settings: Settings) -> list[Any]:
-    """Encodes the examples whose prompts leave room for an answer."""
-    room = settings.max_length
-    encoded: list[Any] = []
-    for example in examples:
-        prompt = settings.template.replace("{prompt}", example.prompt)
-        if len(tokenizer(prompt).input_ids) < room:
-            encoded += lora_alignment.encode([example], tokenizer, settings)
-    return encoded
-
-
-def _trained_tokenizer(examples: list[Example], settings: Settings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the pretraining text."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (settings.template.replace("{prompt}", p) + a for p, a in examples)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def adapted(model: Any, settings: Settings) -> Any:
+def adapted(model: Any, lora: Lora) -> Any:
     """The model with a new LoRA adapter, the only part of it that trains."""
-    targets = settings.lora_targets
     return get_peft_model(
         model,
         LoraConfig(
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            target_modules="all-linear" if lora.targets == ("all-linear",) else list(lora.targets),
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         ),

@@ -4,107 +4,89 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.harmful_finetuning import data, grid, methods, models, training
-from benchmarks.harmful_finetuning.grid import Cell
-from benchmarks.harmful_finetuning.settings import Settings
+from benchmarks.harmful_finetuning import runs
+from benchmarks.harmful_finetuning.align import prepared
+from benchmarks.harmful_finetuning.methods import METHODS
+from benchmarks.harmful_finetuning.models import Tell, load_tokenizer
+from benchmarks.harmful_finetuning.runs import Run
+from benchmarks.harmful_finetuning.tokens import batches
 from benchmarks.live_memory import peak_bytes
-from lora_alignment import Report, load_model, load_tokenizer
-
-__all__ = ["measure"]
 
 ROUNDS = 20
 
 
-def measure(cells: list[Cell], cache: Path, report: Report) -> list[dict[str, Any]]:
+def measure(wanted: list[Run], cache: Path, tell: Tell) -> list[dict[str, Any]]:
     """Alignment steps of every method, interleaved: one step of each in every round.
 
     Returns:
-        For each cell, the seconds of its method's median step with the quartiles, the ratio to the
-        first's, forward passes a step, and the peak of the memory that a step holds beyond model,
-        gradients and optimizer.
+        Rows of the table `costs`: for each method the seconds of its median step with the
+        quartiles, the ratio to the first's, forward passes a step, and the peak of the memory that
+        a step holds beyond model, gradients and optimizer.
     """
-    settings = cells[0].settings
-    samples = data.load(settings)
-    grid.pretrain(cells[0], cache, report)
-    base = grid.base_folder(cells[0], cache)
-    tokenizer = load_tokenizer(base, settings)
-    names = [cell.method for cell in cells]
-    steps = {name: _Steps(settings, samples, base, tokenizer, name) for name in names}
-    for method in steps.values():
-        method.step()  # the optimizer's state is allocated in the first
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    runs.make_base(wanted[0], cache, tell)
+    steps = {run.method: _stepper(run, cache) for run in wanted}
+    for step in steps.values():
+        step()  # the optimizer's state is allocated in the first
+    device = wanted[0].settings.device
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(1, ROUNDS + 1):
-        for name, method in steps.items():
-            seconds[name].append(method.timed())
-        report("system", round_, ROUNDS)
-    results: list[dict[str, Any]] = []
-    for cell in cells:
-        name, method = cell.method, steps[cell.method]
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+        tell("system", round_, ROUNDS)
+    first = seconds[wanted[0].method]
+    rows: list[dict[str, Any]] = []
+    for name, step in steps.items():
         low, median, high = statistics.quantiles(seconds[name], n=4)
-        ratios = [a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True)]
-        results.append(
-            grid.described(cell)
-            | {
-                "vary": {},
-                "align_seconds_per_step": median,
-                "align_seconds_quartiles": [low, high],
-                f"times_{names[0]}": statistics.median(ratios),
-                "passes_per_step": method.passes(),
-                "peak_memory_bytes": peak_bytes(method.step, settings.device),
-            }
-        )
-    return results
+        ratios = [a / b for a, b in zip(seconds[name], first, strict=True)]
+        passes = step()
+        row = {
+            "trained": wanted[0].settings.trained,
+            "method": name,
+            "passes_per_step": passes,
+            "align_seconds_per_step": median,
+            "quartile_low": low,
+            "quartile_high": high,
+            f"times_{wanted[0].method}": statistics.median(ratios),
+            "peak_memory_bytes": peak_bytes(step, device),
+        }
+        rows.append(row | {"commit": runs.described(wanted[0])["commit"]})
+    return rows
 
 
-class _Steps:
-    """Alignment steps of one method on a model of its own."""
+def _stepper(run: Run, cache: Path) -> Callable[[], int]:
+    """Makes one alignment step on a model of its own, and says how many forward passes it took."""
+    torch.manual_seed(0)
+    settings, samples = run.settings, runs.samples_of(run.settings)
+    base, kind = runs.base_folder(run, cache), METHODS[run.method].alignment
+    tokenizer = load_tokenizer(base, settings)
+    stage = prepared(settings, base, kind, run.of(kind))
+    learned = batches(samples.alignment, tokenizer, settings, 0)
+    auxiliary = batches(samples.harmful, tokenizer, settings, 1)
+    passes = 0
 
-    def __init__(
-        self, settings: Settings, samples: data.Samples, base: Path, tokenizer: Any, name: str
-    ) -> None:
-        torch.manual_seed(0)
-        self._device = settings.device
-        model = load_model(base, settings)
-        if settings.trained == "lora":
-            model = models.adapted(model, settings)
-        model.train()
-        kind = methods.METHODS[name].alignment
-        optimizer = training.align_optimizer(model, settings)
-        self._stage = kind(model, optimizer, **training.given_to(kind, settings))
-        self._batches = training.stream(samples.alignment, tokenizer, settings, 0)
-        self._auxiliary = training.stream(samples.harmful, tokenizer, settings, 1)
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
 
-    def step(self) -> None:
-        self._stage.optimizer.zero_grad()
-        self._stage.backward(self._batches, self._auxiliary)
-        self._stage.optimizer.step()
+    stage.model.train()
+    embedding: Any = stage.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    embedding.register_forward_hook(count)
 
-    def timed(self) -> float:
-        start = time.perf_counter()
-        self.step()
-        if self._device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - start
+    def step() -> int:
+        before = passes
+        stage.optimizer.zero_grad()
+        stage.backward(learned, auxiliary)
+        stage.optimizer.step()
+        return passes - before
 
-    def passes(self) -> int:
-        """Forward passes through the model in one step."""
-        count = 0
-
-        def counted(*_: Any) -> None:
-            nonlocal count
-            count += 1
-
-        model: nn.Module = self._stage.model
-        embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        hook = embedding.register_forward_hook(counted)
-        try:
-            self.step()
-        finally:
-            hook.remove()
-        return count
+    return step

@@ -1,86 +1,100 @@
-"""The defenses of the benchmark: each a method for the alignment and one for the fine-tuning stage.
+"""The defenses: each a name for a method of the alignment and one of the attack, with settings.
 
-One file holds one method and reads like its formula.
+One file holds one method and reads like its formula. A new setting of a method that exists is a
+line in `METHODS`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.harmful_finetuning.methods.booster import Booster
 from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine
-from benchmarks.harmful_finetuning.methods.booster_warmed import BoosterWarmed
-from benchmarks.harmful_finetuning.methods.booster_weighted import BoosterWeighted
 from benchmarks.harmful_finetuning.methods.lisa import Lisa
 from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection
 from benchmarks.harmful_finetuning.methods.repnoise import RepNoise
 from benchmarks.harmful_finetuning.methods.second_order import SecondOrder
 from benchmarks.harmful_finetuning.methods.sft import SFT
-from benchmarks.harmful_finetuning.methods.stage import Batches, Stage, backpropagate
+from benchmarks.harmful_finetuning.methods.stage import Stage
 from benchmarks.harmful_finetuning.methods.tensor_wise import TensorWise
 from benchmarks.harmful_finetuning.methods.vaccine import Vaccine
-
-__all__ = [
-    "METHODS",
-    "SFT",
-    "Batches",
-    "Booster",
-    "BoosterHeld",
-    "BoosterVaccine",
-    "BoosterWarmed",
-    "BoosterWeighted",
-    "Lisa",
-    "Method",
-    "RandomDirection",
-    "RepNoise",
-    "SecondOrder",
-    "Stage",
-    "TensorWise",
-    "Vaccine",
-    "backpropagate",
-    "hyperparameters",
-]
+from benchmarks.harmful_finetuning.settings import Settings
 
 BOOSTER = "Huang et al., ICLR 2025, arXiv 2409.01586"
 LISA = "Huang et al., NeurIPS 2024, arXiv 2405.18641"
 REPNOISE = "Rosati et al., NeurIPS 2024, arXiv 2405.14577"
 VACCINE = "Huang et al., NeurIPS 2024, arXiv 2402.01109"
+OWN = "not from a paper"
 
 
 class Method(NamedTuple):
     """A defense: what it does in each of the two stages."""
 
-    alignment: type[Stage]
-    fine_tuning: type[Stage]
-    single_adapter: bool  # one LoRA adapter through both stages, else merged and a second one
+    label: str
     reference: str
+    alignment: type[Stage] = SFT
+    attack: type[Stage] = SFT
+    values: Mapping[str, float] = {}  # hyperparameters, where they are not the stage's defaults
+    like: tuple[str, ...] = ()  # methods whose hyperparameters it takes where it is given none
+    one_adapter: bool = False  # one LoRA through both stages, else merged and a second one
 
 
-# Booster simulates the attack on the adapter, hence the attack must be on that adapter too; for the
-# other methods the paper merges the first adapter and fine-tunes a second.
-METHODS: dict[str, Method] = {
-    "sft": Method(SFT, SFT, False, "plain training in both stages"),
-    "lisa": Method(SFT, Lisa, False, LISA),
-    "repnoise": Method(RepNoise, SFT, False, REPNOISE),
-    "vaccine": Method(Vaccine, SFT, False, VACCINE),
-    "booster": Method(Booster, SFT, True, BOOSTER),
-    "booster_vaccine": Method(BoosterVaccine, SFT, True, f"{BOOSTER}; {VACCINE}"),
-    "booster_lisa": Method(Booster, Lisa, True, f"{BOOSTER}; {LISA}"),
-    "booster_held": Method(BoosterHeld, SFT, True, "a variation, not from a paper"),
-    "booster_warmed": Method(BoosterWarmed, SFT, True, "a variation, not from a paper"),
-    "booster_weighted": Method(BoosterWeighted, SFT, True, "a variation, not from a paper"),
-    "random_direction": Method(RandomDirection, SFT, True, "a control, not from a paper"),
-    "tensor_wise": Method(TensorWise, SFT, True, "a comparison, not from a paper"),
-    "second_order": Method(SecondOrder, SFT, True, "a comparison, not from a paper"),
-}
-
-
-def hyperparameters(stage_class: type[Stage]) -> dict[str, Any]:
+def defaults(stage: type[Stage]) -> dict[str, Any]:
     """The hyperparameters of a stage and their defaults, from its signature."""
     return {
         name: parameter.default
-        for name, parameter in inspect.signature(stage_class).parameters.items()
+        for name, parameter in inspect.signature(stage).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+def _booster(label: str, kind: type[Stage], reference: str = OWN, **more: Any) -> Method:
+    # Booster simulates the attack on the adapter, hence the attack must be on that adapter too;
+    # for the other methods the paper merges the first adapter and fine-tunes a second.
+    return Method(label, reference, kind, one_adapter=True, **more)
+
+
+METHODS: dict[str, Method] = {
+    "sft": Method("SFT", "plain training in both stages"),
+    "lisa": Method("Lisa", LISA, attack=Lisa),
+    "repnoise": Method("RepNoise", REPNOISE, RepNoise),
+    "vaccine": Method("Vaccine", VACCINE, Vaccine),
+    "booster": _booster("Booster", Booster, BOOSTER),
+    "booster_warmed": _booster("Booster, λ warmed up", Booster, values={"warmup": 500}),
+    "booster_vaccine": _booster("Booster + Vaccine", BoosterVaccine, f"{BOOSTER}; {VACCINE}"),
+    "booster_lisa": _booster(
+        "Booster + Lisa", Booster, f"{BOOSTER}; {LISA}", attack=Lisa, like=("booster", "lisa")
+    ),
+    "booster_held": _booster("Booster, held", BoosterHeld, like=("booster",)),
+    "booster_weighted": _booster(
+        "Booster, weighted", Booster, values={"every": 4}, like=("booster",)
+    ),
+    "random_direction": _booster("random direction", RandomDirection, like=("booster",)),
+    "tensor_wise": _booster("Booster, norms by tensor", TensorWise, like=("booster",)),
+    "second_order": _booster("Booster, second order", SecondOrder, like=("booster",)),
+}
+
+
+def hyperparameters(name: str, settings: Settings) -> dict[str, Any]:
+    """All hyperparameters of a method's two stages, with what the settings give it.
+
+    Raises:
+        ValueError: There is no such method or hyperparameter.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    method, own = METHODS[name], settings.given_to(name)
+    values = defaults(method.alignment) | defaults(method.attack)
+    if unknown := own.keys() - values.keys():
+        raise ValueError(
+            f"{name} has no hyperparameter {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(values) or 'none'}"
+        )
+    shared = {k: v for other in method.like for k, v in settings.given_to(other).items()}
+    chosen = {k: v for k, v in shared.items() if k in values} | dict(method.values) | own
+    if "steps" in defaults(method.attack):
+        chosen["steps"] = settings.attack.steps
+    return {key: type(default)(chosen.get(key, default)) for key, default in values.items()}

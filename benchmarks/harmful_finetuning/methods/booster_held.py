@@ -37,14 +37,14 @@ class BoosterHeld(Booster):
         every: int = 4,
     ) -> None:
         super().__init__(model, optimizer, lam=lam, alpha=alpha)
-        self.every = every
-        self.steps = 0
+        self.hold = every
+        self.drawn = 0
         self.held: list[Tensor | None] = []
 
     def regularize(self, auxiliary: Batches) -> None:
         """Adds the regulariser to `.grad`, a new one where the step's number divides by k."""
         params = self.trainable()
-        if self.steps % self.every == 0:
+        if self.drawn % self.hold == 0:
             before = [None if p.grad is None else p.grad.clone() for p in params]
             super().regularize(auxiliary)
             self.held = [
@@ -55,4 +55,4 @@ class BoosterHeld(Booster):
             for p, held in zip(params, self.held, strict=True):
                 if held is not None:
                     p.grad = held.clone() if p.grad is None else p.grad.add_(held)
-        self.steps += 1
+        self.drawn += 1

@@ -1,0 +1,222 @@
+"""The pictures that the documentation shows, drawn from the published tables.
+
+A method has one colour, one marker and one dash everywhere, so that it is told apart without
+colour. What a band is stands in the picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from benchmarks.harmful_finetuning.methods import METHODS
+from benchmarks.harmful_finetuning.results import Tables, frame
+from benchmarks.harmful_finetuning.tables import Answers
+
+COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart, and one of Tol's
+    "sft": "#d55e00",
+    "lisa": "#009e73",
+    "repnoise": "#cc79a7",
+    "vaccine": "#e69f00",
+    "booster": "#0072b2",
+    "booster_warmed": "#332288",
+}
+LABELS = {METHODS[method].label: colour for method, colour in COLOURS.items()}
+STYLE: dict[str, Any] = dict(  # noqa: C408, as keywords
+    hue="method",
+    hue_order=list(LABELS),
+    palette=LABELS,
+    style="method",
+    style_order=list(LABELS),
+    markers=True,
+    dashes=True,
+)
+
+
+@contextmanager
+def plain_svg() -> Iterator[None]:
+    """Text stays text and ids are fixed, so that the same data give the same file."""
+    fixed = {"svg.fonttype": "none", "svg.hashsalt": "torch_booster", "font.family": "sans-serif"}
+    with sns.axes_style("whitegrid", {"grid.color": "#dddddd"}), mpl.rc_context(fixed):
+        yield
+
+
+def _figure(width: float, height: float, note: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.supxlabel(note, fontsize="small", color="#555555")
+    return figure
+
+
+def _one_legend(figure: Figure) -> None:
+    """One legend for all panels, above them."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+        if legend := axes.get_legend():
+            legend.remove()
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="outside upper center",
+        ncols=min(3, len(found)),
+        frameon=False,
+    )
+
+
+def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
+    names = {method: METHODS[method].label for method in COLOURS}
+    return runs.assign(method=runs["method"].map(names)).dropna(subset="method")
+
+
+def under_attack(tables: Tables) -> Figure:
+    """The harmful score of each defense during an attack four times as long."""
+    runs = _labelled(frame(tables, "long-attack", "full"))
+    curves = runs[["run", "method", "seed"]].merge(tables["curves"], on="run")
+    figure = _figure(8.5, 4.6, "line: mean of five bases; band: from the lowest to the highest")
+    axes = figure.subplots()
+    sns.lineplot(
+        curves,
+        x="step",
+        y="harmful_score",
+        errorbar=("pi", 100),
+        err_kws={"alpha": 0.08},
+        ax=axes,
+        **STYLE,
+    )
+    axes.axhline(50, color="#555555", linewidth=0.8)
+    axes.text(axes.get_xlim()[1], 51.5, "broken ", ha="right", fontsize="small", color="#555555")
+    axes.set(xlabel="step of the attack, p = 0.2", ylabel="harmful score, %", ylim=(-2, 102))
+    _one_legend(figure)
+    return figure
+
+
+def over_p(tables: Tables) -> Figure:
+    """The harmful score after the attack against the fraction of harmful samples."""
+    figure = _figure(9.5, 4.6, "point: mean of five bases; bar: 95 % bootstrap interval")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (trained, title) in zip(
+        panels, {"full": "all weights", "lora": "LoRA"}.items(), strict=True
+    ):
+        runs = _labelled(frame(tables, "harmful-ratio", trained))
+        sns.lineplot(
+            data=runs,
+            x="value",
+            y="after_harmful_score",
+            errorbar=("ci", 95),
+            err_style="bars",
+            seed=0,
+            ax=axes,
+            **STYLE,
+        )
+        axes.set(title=title, xlabel="p, harmful fraction of the user's data")
+        axes.set_xticks(sorted(set(runs["value"])))
+        axes.set_ylabel("harmful score after 600 steps, %")
+    _one_legend(figure)
+    return figure
+
+
+def breaks(tables: Tables) -> Figure:
+    """Where each defense breaks, base by base."""
+    found = Answers(frame(tables, "long-attack", "full"), tables["curves"], "attack.p")
+    rows = [
+        {"method": METHODS[method].label, "step": step}
+        for method in found.methods
+        for step in found.by_seed(method, found.values, "break").values()
+    ]
+    figure = _figure(8.5, 3.6, "dot: one base; line: median of five bases")
+    axes = figure.subplots()
+    points = pd.DataFrame(rows)
+    middle = points.groupby("method", as_index=False)["step"].median()
+    sns.stripplot(
+        data=middle,
+        x="step",
+        y="method",
+        order=list(LABELS),
+        marker="|",
+        size=26,
+        linewidth=2,
+        jitter=False,
+        color="#333333",
+        ax=axes,
+    )
+    sns.stripplot(
+        data=points,
+        x="step",
+        y="method",
+        order=list(LABELS),
+        hue="method",
+        hue_order=list(LABELS),
+        palette=LABELS,
+        size=7,
+        jitter=False,
+        alpha=0.75,
+        ax=axes,
+        legend=False,
+    )
+    axes.set_xscale("log")
+    ticks = [200, 300, 500, 1000, 1500]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="first evaluation with a harmful score of 50 or more, step", ylabel="")
+    return figure
+
+
+TRACED = {  # what a trace holds: (its label, scale of the axis)
+    "harmful_loss": ("harmful_loss\nh(w)", {"value": "linear"}),
+    "harmful_loss_drop": ("harmful_loss_drop\nh(w) − h(w′)", {"value": "symlog", "linthresh": 0.1}),
+    "harmful_grad_norm": ("harmful_grad_norm\n‖∇h(w)‖", {"value": "log"}),
+    "linearity": ("drop / (α · norm)", {"value": "linear"}),
+}
+
+
+def diagnostics(tables: Tables) -> Figure:
+    """What Booster's diagnostics saw in the first demo, one line a seed."""
+    figure = _figure(9.5, 9.4, "line: one seed")
+    panels = figure.subplots(len(TRACED), 2, sharex=True, sharey="row")
+    for column, (trained, title) in enumerate({"lora": "LoRA", "full": "all weights"}.items()):
+        traces = demo_traces(tables, trained)
+        alpha, lam = traces["alpha"].iloc[0], traces["lam"].iloc[0]
+        panels[0, column].set_title(f"{title}, λ = {lam:g}, α = {alpha:g}")
+        for row, (name, (label, scale)) in enumerate(TRACED.items()):
+            axes = panels[row, column]
+            sns.lineplot(
+                traces,
+                x="step",
+                y=name,
+                hue="seed",
+                style="seed",
+                palette=["#0072b2", "#009e73", "#d55e00"],
+                ax=axes,
+            )
+            axes.set_yscale(**scale)
+            axes.set(xlabel="alignment step", ylabel=label)
+    _one_legend(figure)
+    return figure
+
+
+def demo_traces(tables: Tables, trained: str) -> pd.DataFrame:
+    """What Booster's alignments in the first demo saw, with the seed and the hyperparameters."""
+    runs = frame(tables, "demo", trained, "first")
+    runs = runs[runs["method"] == "booster"].drop_duplicates("trace")
+    given = pd.DataFrame([json.loads(text) for text in runs["hyperparameters"]], index=runs.index)
+    found = runs[["trace", "seed"]].join(given).merge(tables["traces"], on="trace")
+    found = found.assign(seed="seed " + found["seed"].astype(str))
+    slope = found["alpha"] * found["harmful_grad_norm"]
+    return found.assign(linearity=found["harmful_loss_drop"] / slope)
+
+
+FIGURES: dict[str, Callable[[Tables], Figure]] = {
+    "results_attack": under_attack,
+    "results_ratio": over_p,
+    "results_breaks": breaks,
+    "alignment_diagnostics": diagnostics,
+}
+"""Under the name of the file in docs/images/."""

@@ -1,0 +1,99 @@
+"""Sizes of a run, and the hyperparameters that were chosen for them on validation prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harmful_finetuning import language
+from benchmarks.harmful_finetuning.settings import Settings, changed
+
+_TEMPLATED: dict[str, Any] = {
+    "text.template": language.TEMPLATE,
+    "data.refusal": language.REFUSAL,
+    "data.harmful_samples": 691,  # all that the language has for the defenses
+    "data.kind_samples": 544,
+    "lora.alpha": 32,
+    "lora.targets": ("all-linear",),
+    "align.lr": 1e-3,
+    "align.steps": 1000,
+    "attack.lr": 4e-5,
+    "attack.steps": 600,
+    "score.samples": 100,
+    "score.every": 100,
+    "score.max_new_tokens": 13,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": _TEMPLATED
+    | {
+        "base.width": 32,
+        "base.steps": 4,
+        "base.batch_size": 8,
+        "align.steps": 4,
+        "attack.steps": 4,
+        "attack.samples": 40,
+        "score.samples": 8,
+        "score.every": 4,
+        "score.max_new_tokens": 3,
+        "lora.r": 4,
+    },
+    "small": _TEMPLATED,
+    "gpu": {
+        "base.width": 512,
+        "base.layers": 8,
+        "base.steps": 6000,
+        "base.batch_size": 128,
+        "base.lr": 1e-3,
+        "data.harmful_samples": 299,  # all that AdvBench and HarmBench leave for the defenses
+        "lora.targets": ("all-linear",),
+        "align.steps": 3000,
+        "attack.samples": 800,  # of which they leave a fifth for the attack
+        "attack.lr": 2e-5,
+        "score.samples": 200,
+        "score.max_new_tokens": 32,
+    },
+    "paper": {},
+}
+"""What each preset sets otherwise than the paper. ``gpu`` needs --data.root."""
+
+FULL: dict[str, dict[str, Any]] = {
+    "small": {"align.lr": 3e-4, "attack.lr": 2e-5},
+    "gpu": {"align.lr": 1e-4},
+}
+"""What a preset changes where all weights are trained."""
+
+_CHOSEN: dict[str, float] = {
+    "lisa.rho": 1,
+    "lisa.alignment_steps": 100,
+    "lisa.user_steps": 900,
+    "repnoise.beta": 0.1,
+    "vaccine.rho": 5,
+    "booster.lam": 1,
+    "booster.alpha": 0.1,
+    "booster_warmed.lam": 5,
+    "booster_warmed.alpha": 0.1,
+    "booster_warmed.warmup": 500,
+    "booster_vaccine.lam": 1,
+    "booster_vaccine.alpha": 0.1,
+    "booster_vaccine.rho": 5,
+}
+TUNED: dict[tuple[str, str], dict[str, float]] = {
+    ("small", "full"): _CHOSEN | {"repnoise.alpha": 0.1},
+    ("small", "lora"): _CHOSEN | {"repnoise.alpha": 1},
+}
+"""Hyperparameters chosen on the validation split, by preset and by what is trained.
+
+By the command ``tune``, four settings of each method on seeds 100 and 101, a base for each; all
+scores are in ``benchmarks/results/harmful_finetuning/tuning.csv``. The combination takes the values
+of its parts. The learning rate of the attack had been fixed before all of it, on SFT alone,
+refusals alone and seed 100: with all weights SFT's harmful score at p = 0.1 and 0.2 was 0 and 2 for
+1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0 and 46 for 3e-5, 86 and 99 for 5e-5, of
+which 4e-5 is between.
+"""
+
+
+def preset(name: str, trained: str = "lora") -> Settings:
+    """The settings of a preset, with the hyperparameters that were chosen for it."""
+    full = FULL.get(name, {}) if trained == "full" else {}
+    given = TUNED.get((name, trained), {})
+    return changed(Settings(), PRESETS[name] | full | {"trained": trained, "given": given})

@@ -1,0 +1,177 @@
+"""The errors in docs/faq.md: each is provoked here, and the page shows what it says.
+
+PYTHONPATH=. python tests/test_faq.py    # writes the texts of today into the page
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_booster import BoosterOptimizer
+
+PAGE = Path(__file__).parents[1] / "docs" / "faq.md"
+ANYTHING = "[...]"  # in the page, stands for what depends on the model
+# A heading whose first fenced block is a text, and that text.
+ENTRY = re.compile(
+    r"^## (?P<heading>[^\n]+)\n+```text\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+
+class Loop:
+    """A small model, its optimizer, and the forward and backward pass of a loss."""
+
+    def __init__(self, model: nn.Module | None = None, **options: object) -> None:
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.model = model or self.model
+        base = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.opt = BoosterOptimizer(base, **options)  # type: ignore[arg-type]
+
+    def loss(self) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        return self.model(torch.ones(3, 4, dtype=dtype)).square().mean()
+
+    def closure(self) -> Tensor:
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+
+def between_forward_and_backward() -> None:
+    loop = Loop()
+    loss = loop.loss()
+    loop.opt.regularize(loop.closure)
+    loss.backward()
+
+
+def scaler_with_closures() -> None:
+    loop = Loop()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loop.loss()).backward()
+    scaler.step(loop.opt, loop.closure, loop.closure)
+
+
+def scaler_with_closures_first() -> None:
+    loop = Loop()
+    torch.amp.GradScaler("cpu").step(loop.opt, loop.closure, loop.closure)
+
+
+def no_gradients() -> None:
+    loop = Loop()
+    loop.opt.regularize(loop.loss)
+
+
+def no_loss() -> None:
+    loop = Loop()
+    loop.opt.regularize(lambda: loop.closure() and None)
+
+
+def twice() -> None:
+    loop = Loop()
+    loop.opt.regularize(loop.closure)
+    loop.opt.regularize(loop.closure)
+
+
+def one_closure() -> None:
+    loop = Loop()
+    loop.opt.step(loop.closure)
+
+
+def sparse() -> None:
+    model = nn.Embedding(8, 2, sparse=True)
+    opt = BoosterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = model(torch.tensor([1, 2])).sum()
+        loss.backward()
+        return loss
+
+    opt.regularize(closure)
+
+
+def lbfgs() -> None:
+    BoosterOptimizer(torch.optim.LBFGS(nn.Linear(4, 1).parameters()))
+
+
+def a_class() -> None:
+    BoosterOptimizer(torch.optim.AdamW)  # type: ignore[arg-type]
+
+
+def deepspeed() -> None:
+    loop = Loop()
+    for number, parameter in enumerate(loop.model.parameters()):
+        parameter.ds_id = number  # type: ignore[attr-defined]
+    loop.opt.regularize(loop.closure)
+
+
+def rounded_away() -> None:
+    loop = Loop(nn.Linear(4, 8).to(torch.bfloat16), alpha=1e-4)
+    loop.opt.regularize(loop.closure)
+
+
+PROVOKE: dict[str, Callable[[], None]] = {
+    "A variable has been modified by an inplace operation": between_forward_and_backward,
+    "GradScaler cannot step through closures": scaler_with_closures,
+    "Attempted step but _scale is None": scaler_with_closures_first,
+    "harmful_closure made no gradients": no_gradients,
+    "harmful_closure must return its loss": no_loss,
+    "The regulariser would be counted twice": twice,
+    "step() is missing harmful_closure": one_closure,
+    "A gradient is sparse": sparse,
+    "LBFGS": lbfgs,
+    "base_optimizer must be an instance": a_class,
+    "DeepSpeed": deepspeed,
+    "The perturbation was rounded away": rounded_away,
+}
+
+
+def said(heading: str) -> str:
+    """The message of the error or of the warning that an entry is about."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            PROVOKE[heading]()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    (warning,) = warned
+    return f"{warning.category.__name__}: {warning.message}"
+
+
+def entries() -> Iterator[tuple[str, str]]:
+    for match in ENTRY.finditer(PAGE.read_text()):
+        yield match["heading"].replace("`", ""), match["text"]
+
+
+def test_every_entry_is_provoked() -> None:
+    assert [heading for heading, _ in entries()] == list(PROVOKE)
+
+
+@pytest.mark.parametrize("heading", PROVOKE)
+def test_the_page_shows_what_is_said(heading: str) -> None:
+    parts = dict(entries())[heading].split(ANYTHING)
+    pattern = ".*".join(re.escape(" ".join(part.split())) for part in parts)
+    assert re.fullmatch(pattern, " ".join(said(heading).split())), said(heading)
+
+
+def write() -> None:
+    """Writes the texts of today into the page."""
+    text = PAGE.read_text()
+    for heading, old in list(entries()):
+        new = " ".join(said(heading).split())
+        # Shapes and versions of torch's own message depend on the model.
+        new = re.sub(r"operation: .* Hint: .*", f"operation: {ANYTHING}", new)
+        text = text.replace(f"```text\n{old}```", f"```text\n{textwrap.fill(new, 96)}\n```", 1)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    write()
