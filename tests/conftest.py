@@ -15,7 +15,8 @@ from hypothesis import settings
 settings.register_profile("torch_booster", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("torch_booster")
 
-RECORD = Path(__file__).parents[1] / "build" / "reliability.json"
+TESTS = Path(__file__).parent
+RECORD = TESTS.parent / "build" / "reliability.json"
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +43,15 @@ class Counts:
         return [(f, n, n - self.lost[f], self.lost[f]) for f, n in self.tried.items()]
 
 
-# The part of each test file, for the commands of the Makefile; a file of none is of the core.
-PARTS = {
-    "loops": ("accelerate", "distributed", "lightning", "peft", "transformers"),
-    "peers": ("outside_optimizers", "quantized"),
-    "examples": ("examples", "multi_process_examples", "trainer_examples", "hostile_files"),
-    "benchmarks": ("benchmark", "benchmark_methods", "benchmark_results"),
-    "docs": ("docs", "faq", "site"),
-}
-PART_OF = {f"test_{name}.py": part for part, names in PARTS.items() for name in names}
+# Each folder is a part of the tests, with a command of its own in the Makefile.
+SHARED = {"reliability": "core"}  # whose quick half runs with the core
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("reliability") is None:
-            item.add_marker(PART_OF.get(item.path.name, "core"))
+            folder = item.path.parent.name if TESTS in item.path.parents else "core"
+            item.add_marker(SHARED.get(folder, folder))
 
 
 COUNTS = pytest.StashKey[Counts]()

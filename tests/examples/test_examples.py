@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT / "examples"))
 

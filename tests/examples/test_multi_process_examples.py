@@ -22,7 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMEOUT = 120
 LOG = ("--log_every", "1")
 

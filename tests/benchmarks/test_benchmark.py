@@ -49,7 +49,7 @@ from benchmarks.harmful_finetuning.settings import Settings, changed
 # PEFT asks transformers for a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 QUICK = preset("quick")
 SMALL = preset("small")

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from transformers import AutoModelForCausalLM
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"hf_trainer": "datasets", "trl_sft": "trl"}
 
 # The libraries the examples use deprecate parts of one another; that is not under test.

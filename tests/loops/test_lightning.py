@@ -24,7 +24,7 @@ from torch_booster import BoosterOptimizer
 pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 from lightning.pytorch.utilities import CombinedLoader  # noqa: E402
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # What Lightning says of itself, and of loops as small as these.
 FILTERS = [

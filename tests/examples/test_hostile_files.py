@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 lora_alignment = pytest.importorskip("lora_alignment", reason="the examples extra is absent")

@@ -27,7 +27,7 @@ from benchmarks.harmful_finetuning import (  # noqa: E402
 from benchmarks.harmful_finetuning.experiments import EXPERIMENTS  # noqa: E402
 from benchmarks.harmful_finetuning.methods import METHODS  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIZE = 4_000_000
 

@@ -233,8 +233,13 @@ def answer_refusals(rounds: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_the_allocator_refuses(full: bool, counts: Counts) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_reliability_faults", str(320 if full else 10)],
-        cwd=Path(__file__).parents[1],
+        [
+            sys.executable,
+            "-m",
+            "tests.reliability.test_reliability_faults",
+            str(320 if full else 10),
+        ],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         stdout=subprocess.PIPE,
         text=True,

@@ -1,6 +1,6 @@
 """The errors in docs/faq.md: each is provoked here, and the page shows what it says.
 
-PYTHONPATH=. python tests/test_faq.py    # writes the texts of today into the page
+PYTHONPATH=. python tests/docs/test_faq.py    # writes the texts of today into the page
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torch_booster import BoosterOptimizer
 
-PAGE = Path(__file__).parents[1] / "docs" / "faq.md"
+PAGE = Path(__file__).parents[2] / "docs" / "faq.md"
 ANYTHING = "[...]"  # in the page, stands for what depends on the model
 # A heading whose first fenced block is a text, and that text.
 ENTRY = re.compile(

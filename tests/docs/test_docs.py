@@ -21,7 +21,7 @@ import torch
 from tests.optimizers import REFUSED, WRAPPABLE
 from torch_booster import Diagnostics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 with_results = pytest.mark.skipif(not RESULTS.is_dir(), reason="an sdist holds no records")

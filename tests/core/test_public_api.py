@@ -13,7 +13,7 @@ from pathlib import Path
 import torch_booster
 from torch_booster import BoosterOptimizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_public_name_resolves() -> None:

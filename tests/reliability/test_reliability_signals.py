@@ -43,7 +43,7 @@ from tests.trainees import (
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the signals are POSIX's")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 900.0
 """Seconds after which a worker that answers no more is killed, so that a test ends at all."""
@@ -127,7 +127,7 @@ def answer_signals() -> None:
 def working(*arguments: str) -> Generator[subprocess.Popen[str]]:
     """This module as a process of its own, which Ctrl-C in the terminal does not reach."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.test_reliability_signals", *arguments],
+        [sys.executable, "-m", "tests.reliability.test_reliability_signals", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
