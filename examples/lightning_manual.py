@@ -73,7 +73,7 @@ class Aligner(pl.LightningModule):
         opt: Any = self.optimizers()
         alignment, harmful, parts = batch["alignment"], batch["harmful"], self.args.accumulation
         opt.zero_grad()
-        opt.optimizer.regularize(lambda: self.run(harmful, of=harmful))  # before the forward pass
+        opt.regularize(lambda: self.run(harmful, of=harmful))  # before the forward pass
         shares = ({key: rows[n::parts] for key, rows in alignment.items()} for n in range(parts))
         loss = sum(self.run(share, of=alignment) for share in shares)
         self.clip_gradients(opt, 1.0, "norm")  # the combined gradient
@@ -81,7 +81,7 @@ class Aligner(pl.LightningModule):
         self.lr_schedulers().step()
         self.log("alignment_loss", loss, prog_bar=True)
         if self.args.lam:
-            self.log("harmful_loss_drop", opt.optimizer.diagnostics.harmful_loss_drop)
+            self.log("harmful_loss_drop", opt.diagnostics.harmful_loss_drop)
 
 
 def main(argv: list[str] | None = None) -> pl.Trainer:

@@ -54,7 +54,7 @@ def between_forward_and_backward() -> None:
 def scaler_with_closures() -> None:
     loop = Loop()
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loop.loss()).backward()
+    scaler.scale(loop.loss())
     scaler.step(loop.opt, loop.closure, loop.closure)
 
 
@@ -76,6 +76,55 @@ def no_loss() -> None:
 def twice() -> None:
     loop = Loop()
     loop.opt.regularize(loop.closure)
+    loop.opt.regularize(loop.closure)
+
+
+def forgotten() -> None:
+    loop = Loop()
+    loop.closure()
+    loop.opt.step()
+
+
+def another_batch() -> None:
+    loop = Loop()
+    batches = iter(torch.randn(3, 3, 4))
+
+    def closure() -> Tensor:
+        loss = loop.model(next(batches)).square().mean()
+        loss.backward()
+        return loss
+
+    loop.opt.regularize(closure)
+
+
+def of_another_optimizer() -> None:
+    body, head = nn.Linear(4, 8), nn.Linear(8, 2)
+    loop = Loop(body)
+    loop.model = nn.Sequential(body, head)
+    loop.opt.regularize(loop.closure)
+
+
+def steps_in_the_backward_pass() -> None:
+    loop = Loop()
+    inner = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    parameters = list(loop.model.parameters())
+    parameters[0].register_post_accumulate_grad_hook(lambda _: inner.step())
+    loop.opt.regularize(loop.closure)
+
+
+def broken_promise() -> None:
+    loop = Loop(accumulates=True)
+
+    def closure() -> Tensor:
+        loop.opt.zero_grad()
+        return loop.closure()
+
+    loop.opt.regularize(closure)
+
+
+def prepared() -> None:
+    loop = Loop()
+    assert not loop.opt._is_accelerate_prepared  # as accelerator.prepare asks
     loop.opt.regularize(loop.closure)
 
 
@@ -106,10 +155,9 @@ def a_class() -> None:
 
 
 def deepspeed() -> None:
-    loop = Loop()
-    for number, parameter in enumerate(loop.model.parameters()):
-        parameter.ds_id = number  # type: ignore[attr-defined]
-    loop.opt.regularize(loop.closure)
+    model = nn.Linear(4, 1)
+    model.weight.ds_id = 0  # type: ignore[assignment]
+    Loop(model)
 
 
 def rounded_away() -> None:
@@ -117,19 +165,42 @@ def rounded_away() -> None:
     loop.opt.regularize(loop.closure)
 
 
+def blow_up() -> None:
+    loop = Loop(alpha=1e3)
+    loop.opt.regularize(loop.closure)
+    loop.opt.read_diagnostics()
+
+
+def nothing_gained() -> None:
+    loop = Loop()
+    for group in loop.opt.param_groups:
+        group["lr"] = 0.0
+    for _ in range(60):
+        loop.opt.step(loop.closure, loop.closure)
+    loop.opt.read_diagnostics()
+
+
 PROVOKE: dict[str, Callable[[], None]] = {
     "A variable has been modified by an inplace operation": between_forward_and_backward,
-    "GradScaler cannot step through closures": scaler_with_closures,
+    "No inf checks were recorded": scaler_with_closures,
     "Attempted step but _scale is None": scaler_with_closures_first,
     "harmful_closure made no gradients": no_gradients,
     "harmful_closure must return its loss": no_loss,
     "The regulariser would be counted twice": twice,
+    "This step had no regulariser": forgotten,
+    "harmful_closure is not one function of the weights": another_batch,
+    "The harmful pass left gradients on other tensors": of_another_optimizer,
+    "The harmful pass changed weights": steps_in_the_backward_pass,
+    "harmful_closure zeroed .grad, though accumulates=True": broken_promise,
+    "Accelerate prepared this optimizer": prepared,
     "step() is missing harmful_closure": one_closure,
     "A gradient is sparse": sparse,
     "LBFGS": lbfgs,
     "base_optimizer must be an instance": a_class,
     "DeepSpeed": deepspeed,
     "The perturbation was rounded away": rounded_away,
+    "The alignment blows up": blow_up,
+    "The harmful loss is where it was": nothing_gained,
 }
 
 
