@@ -349,8 +349,8 @@ class BoosterOptimizer(Optimizer):
             h, g = harmful.run()  # h(w), ∇h(w)
 
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
-            live = [local(p.detach()) for p, x in zip(params, g, strict=True) if x is not None]
-            direction = [local(x) for x in g if x is not None]
+            live = local(p.detach() for p, x in zip(params, g, strict=True) if x is not None)
+            direction = local(x for x in g if x is not None)
             n = tensor_norms(filled(g, norms(direction)), params, self.module)  # ‖∇ᵢh(w)‖
             s = step_sizes(n, alphas, self.norm, self.eps)  # α/(‖∇h(w)‖ + ε)
             expected = (s * n * n).sum()  # h(w) − h(w′) to first order
