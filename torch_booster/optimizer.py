@@ -342,6 +342,11 @@ class BoosterOptimizer(Optimizer):
     @torch.no_grad()
     def _difference(self, groups: dict[Tensor, dict[str, Any]], harmful_closure: Closure) -> Grads:
         """∇h(w) − ∇h(w′) of each parameter; weights and `.grad` are left as they were."""
+        if self.norm == "tensor" and any(getattr(p, "_is_flat_param", False) for p in groups):
+            raise RuntimeError(
+                "FSDP1 has flattened several tensors into one, so that they would share a norm. "
+                "Pass FullyShardedDataParallel(..., use_orig_params=True)."
+            )
         params, alphas = list(groups), [group[ALPHA] for group in groups.values()]
         options = self.replay_rng, self.module, self.accumulates
         with HarmfulPasses(harmful_closure, params, *options) as harmful:
