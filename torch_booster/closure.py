@@ -95,7 +95,7 @@ class HarmfulPasses:
             RuntimeError: The pass changed weights, which are put back, or zeroed gradients in
                 spite of `accumulates`.
         """
-        live = [local(p.detach()) for p in self._params if p.untyped_storage().nbytes()]
+        live = local(p.detach() for p in self._params if p.untyped_storage().nbytes())
         w = copies(live)
         try:
             loss, g = self.run()
@@ -158,7 +158,7 @@ class HarmfulPasses:
         if self._accumulates:
             return loss, _negate(made)
         pairs = [(x, q) for x, q in zip(g, made, strict=True) if x is not None and q is not None]
-        subtract_([local(x) for x, _ in pairs], [local(q) for _, q in pairs])
+        subtract_(local(x for x, _ in pairs), local(q for _, q in pairs))
         alone = [q if x is None else None for x, q in zip(g, made, strict=True)]
         minus = _negate(filled(alone, copies([q for q in alone if q is not None])))
         return loss, [m if x is None else x for x, m in zip(g, minus, strict=True)]
@@ -207,13 +207,13 @@ _NOT_ACCUMULATED = (
 
 
 def _negate(grads: Grads) -> Grads:
-    present = [local(g) for g in grads if g is not None]
+    present = local(g for g in grads if g is not None)
     scale_(present, [-1.0] * len(present))
     return grads
 
 
 def _length(grads: Grads) -> float:
-    parts = [x.item() for x in norms([local(g) for g in grads if g is not None])]
+    parts = [x.item() for x in norms(local(g for g in grads if g is not None))]
     return math.hypot(*parts)
 
 
@@ -269,11 +269,11 @@ def add_scaled(params: Sequence[Tensor], grads: Grads, factors: Sequence[float])
         for p, d, factor in zip(params, grads, factors, strict=True)
         if d is not None and factor
     ]
-    scale_([local(d) for _, d, _ in rows], [factor for *_, factor in rows])
+    scale_(local(d for _, d, _ in rows), [factor for *_, factor in rows])
     onto = [(p, d) for p, d, _ in rows if p.grad is not None]
     for p, d, _ in rows:
         p.grad = d if p.grad is None else placed_like(p.grad, p)
-    add_([local(p.grad) for p, _ in onto if p.grad is not None], [local(d) for _, d in onto])
+    add_(local(p.grad for p, _ in onto if p.grad is not None), local(d for _, d in onto))
     return [p for p, *_ in rows]
 
 

@@ -28,12 +28,12 @@ class Diagnostics(NamedTuple):
 
 
 def smoothed(mean: Tensor | None, ratio: Tensor) -> Tensor:
-    """A running mean of `drop_ratio` over some ten steps, on the device.
+    """A running mean of `drop_ratio` over some ten steps, from 1 on, on the device.
 
     Single steps fall below zero in alignments that end well, so that they are cut at −1 and 2.
     """
     ratio = ratio.nan_to_num(nan=1.0).clamp(-1.0, 2.0)
-    return ratio if mean is None else mean.lerp(ratio, 0.1)
+    return (torch.ones_like(ratio) if mean is None else mean).lerp(ratio, 0.1)
 
 
 def alarms(step: int, ratio: float, h: float, start: float) -> dict[str, str]:

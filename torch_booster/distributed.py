@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,19 @@ __all__ = ["copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
 _PLAIN = {Tensor, nn.Parameter}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's dense, real view of a tensor: the shard of a DTensor, re and im of a complex one.
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's dense, real views: the shard of a DTensor, re and im of a complex tensor.
 
     A plain real tensor is its own view; write to it under `no_grad`.
     """
-    if not _is_plain(tensor):
-        if _is_dtensor(tensor):
-            tensor = tensor.to_local()  # type: ignore[attr-defined]
-        tensor = tensor.detach()
-    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+    return [t if type(t) in _PLAIN and not t.is_complex() else _local(t) for t in tensors]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if _is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -38,7 +41,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
         [tensor([1., 1.])]
     """
     made = [torch.empty_like(t, requires_grad=False) for t in tensors]
-    copying([local(m) for m in made], [local(t) for t in tensors])()
+    copying(local(made), local(tensors))()
     return made
 
 
@@ -155,11 +158,7 @@ def _flat_shard_groups(
     return groups
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN
-
-
 def _is_dtensor(tensor: Tensor) -> bool:
     # Where nobody has imported DTensor there are none, and the import would cost time.
-    module = None if _is_plain(tensor) else sys.modules.get("torch.distributed.tensor")
+    module = None if type(tensor) in _PLAIN else sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

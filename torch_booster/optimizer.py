@@ -342,6 +342,11 @@ class BoosterOptimizer(Optimizer):
     @torch.no_grad()
     def _difference(self, groups: dict[Tensor, dict[str, Any]], harmful_closure: Closure) -> Grads:
         """∇h(w) − ∇h(w′) of each parameter; weights and `.grad` are left as they were."""
+        if self.norm == "tensor" and any(getattr(p, "_is_flat_param", False) for p in groups):
+            raise RuntimeError(
+                "FSDP1 has flattened several tensors into one, so that they would share a norm. "
+                "Pass FullyShardedDataParallel(..., use_orig_params=True)."
+            )
         params, alphas = list(groups), [group[ALPHA] for group in groups.values()]
         options = self.replay_rng, self.module, self.accumulates
         with HarmfulPasses(harmful_closure, params, *options) as harmful:
@@ -349,8 +354,8 @@ class BoosterOptimizer(Optimizer):
             h, g = harmful.run()  # h(w), ∇h(w)
 
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
-            live = [local(p.detach()) for p, x in zip(params, g, strict=True) if x is not None]
-            direction = [local(x) for x in g if x is not None]
+            live = local(p.detach() for p, x in zip(params, g, strict=True) if x is not None)
+            direction = local(x for x in g if x is not None)
             n = tensor_norms(filled(g, norms(direction)), params, self.module)  # ‖∇ᵢh(w)‖
             s = step_sizes(n, alphas, self.norm, self.eps)  # α/(‖∇h(w)‖ + ε)
             expected = (s * n * n).sum()  # h(w) − h(w′) to first order

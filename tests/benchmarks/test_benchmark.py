@@ -399,9 +399,16 @@ def code_after(edit: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> d
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (("methods.booster", "every * lam, alpha", "lam, alpha"), {"booster"}),
+        (
+            (
+                "methods.booster",
+                "            lam,\n            alpha,",
+                "            alpha,\n            lam,",
+            ),
+            {"booster"},
+        ),
         (("methods.booster", "Adds λ", "Subtracts λ"), set()),  # a docstring
-        (("methods.booster", "# By hand", "# As"), set()),  # a comment
+        (("methods.booster", "# passes are", "# As they are"), set()),  # a comment
         (("tokens", "[*answer, ", "[*answer[1:], "), {"booster", "sft", "attack"}),
         (("training", "momentum=0.9", "momentum=0.8"), {"booster", "sft", "attack"}),
         (("score", "do_sample=False", "do_sample=True"), {"attack"}),

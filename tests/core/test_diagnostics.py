@@ -57,8 +57,12 @@ def overshot() -> tuple[BoosterOptimizer, Callable[[], Tensor]]:
 
 def test_read_diagnostics_warns_once_with_step_value_and_remedy() -> None:
     opt, closure = overshot()
-    opt.regularize(closure)
-    with pytest.warns(UserWarning, match=r"At step 0 .* -1 times .*lower alpha or lam"):
+    for step in range(8):
+        opt.zero_grad()
+        opt.step(closure, closure)
+        if step < 2:
+            opt.read_diagnostics()
+    with pytest.warns(UserWarning, match=r"At step 8 .* -0.\d+ times .*lower alpha or lam"):
         read = opt.read_diagnostics()
     assert read["drop_ratio"] == pytest.approx(-49.0, rel=1e-3)
     with warnings.catch_warnings():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.multi_process import run_cases
+from tests.reference import Loss, booster_gradient
 from torch_booster import BoosterOptimizer
 
 STEPS = 20
@@ -85,39 +86,34 @@ def base_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
 
 
-def reference(branches: bool, clip: float | None, steps: int = STEPS) -> dict[str, Tensor]:
+def reference(
+    branches: bool, clip: float | None, steps: int = STEPS, norm: str = "global"
+) -> dict[str, Tensor]:
     """The formula on one process and the global batch, by autograd.grad on clones."""
     model = Net(branches)
     base = base_optimizer(model.parameters())
     scheduler = torch.optim.lr_scheduler.LinearLR(base, 1.0, 0.5, STEPS)
-    names = [name for name, _ in model.named_parameters()]
+    params = dict(model.named_parameters())
 
-    def gradient(at: dict[str, Tensor], x: Tensor, y: Tensor, harmful: bool) -> list[Tensor | None]:
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in at.items()}
-        out = torch.func.functional_call(model, leaves, (x, harmful))
-        loss = nn.functional.mse_loss(out, y)
-        return list(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+    def loss_on(x: Tensor, y: Tensor, harmful: bool) -> Loss:
+        def loss(values: Sequence[Tensor]) -> Tensor:
+            at = dict(zip(params, values, strict=True))
+            return nn.functional.mse_loss(torch.func.functional_call(model, at, (x, harmful)), y)
+
+        return loss
 
     for step in range(steps):
         batch = batches(step)
-        w = dict(model.named_parameters())
-        g_f = gradient(w, batch["f_x"], batch["f_y"], False)
-        g_h = gradient(w, batch["h_x"], batch["h_y"], True)
-        norm = sum(float(g.square().sum()) for g in g_h if g is not None) ** 0.5
-        w_prime = {
-            name: w[name] if g is None else w[name] - 0.1 * g / (norm + 1e-7)
-            for name, g in zip(names, g_h, strict=True)
-        }
-        q = gradient(w_prime, batch["h_x"], batch["h_y"], True)
-        for name, gf, gh, gq in zip(names, g_f, g_h, q, strict=True):
-            parts = [gf] if gh is None or gq is None else [gf, 5.0 * (gh - gq)]
-            present = [part for part in parts if part is not None]
-            w[name].grad = sum(present[1:], present[0]) if present else None
+        f = loss_on(batch["f_x"], batch["f_y"], False)
+        h = loss_on(batch["h_x"], batch["h_y"], True)
+        grads = booster_gradient(f, h, list(params.values()), 5.0, 0.1, norm=norm)
+        for p, grad in zip(params.values(), grads, strict=True):
+            p.grad = grad
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         base.step()
         scheduler.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in params.items()}
 
 
 def share(x: Tensor, rank: int, world: int) -> Tensor:
@@ -220,6 +216,8 @@ def ddp_case(
     local_second_pass: bool = False,
     ddp: dict[str, bool] | None = None,
     clip: float | None = None,
+    norm: Any = "global",
+    accumulates: bool = False,
     **loop: Any,
 ) -> None:
     options = {"find_unused_parameters": branches, **(ddp or {})}
@@ -233,9 +231,11 @@ def ddp_case(
         0.1,
         no_sync=model.no_sync if local_second_pass else None,
         self_check=reductions is None,  # it would be counted
+        norm=norm,
+        accumulates=accumulates,
     )
     train(model, opt, rank=rank, world=2, clip=clip, no_sync=model.no_sync, **loop)
-    assert_same(model, reference(branches, clip))
+    assert_same(model, reference(branches, clip, norm=norm))
     if reductions is not None:
         elements = sum(p.numel() for p in model.parameters())
         assert sum(sent) == reductions * elements * STEPS
@@ -294,13 +294,14 @@ def fsdp2_case(
     reshard: bool = True,
     clip: float | None = None,
     hold_back: bool = False,
+    norm: Any = "global",
     **loop: Any,
 ) -> None:
     model = Net(branches)
     for layer in (model.inner, model.outer):
         fully_shard(layer, reshard_after_forward=reshard)
     fully_shard(model, reshard_after_forward=reshard)
-    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1)
+    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1, norm=norm)
 
     @contextmanager
     def no_sync() -> Iterator[None]:
@@ -312,9 +313,11 @@ def fsdp2_case(
     pointers = [p.to_local().data_ptr() for p in model.parameters()]  # type: ignore[attr-defined]
     train(model, opt, rank=rank, world=2, clip=clip, no_sync=held, **loop)
     assert [p.to_local().data_ptr() for p in model.parameters()] == pointers  # type: ignore[attr-defined]
-    assert_same(model, reference(branches, clip))
+    assert_same(model, reference(branches, clip, norm=norm))
     assert opt.diagnostics is not None
-    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=1e-6)
+    # ε counts for more beside the smaller norms of single tensors.
+    rel = 1e-6 if norm == "global" else 1e-3
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=rel)
 
 
 def fsdp2_refuses_a_local_first_pass(rank: int) -> None:
@@ -363,7 +366,9 @@ def fsdp2_mixed_precision(rank: int) -> None:
     assert results[0] == pytest.approx(results[1], rel=0.02)
 
 
-def fsdp1_case(rank: int, *, original: bool, strategy: str, parts: int = 1) -> None:
+def fsdp1_case(
+    rank: int, *, original: bool, strategy: str, parts: int = 1, norm: Any = "global"
+) -> None:
     model = FullyShardedDataParallel(
         Net(False),
         use_orig_params=original,
@@ -380,9 +385,13 @@ def fsdp1_case(rank: int, *, original: bool, strategy: str, parts: int = 1) -> N
     with pytest.raises(RuntimeError, match="module=model"):
         bare.regularize(harmful)
     bare.zero_grad()
-    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1, module=model)
+    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1, module=model, norm=norm)
+    if norm == "tensor" and not original:
+        with pytest.raises(RuntimeError, match="use_orig_params=True"):
+            opt.regularize(harmful)
+        return
     train(model, opt, rank=rank, world=2, alignment_parts=parts, harmful_parts=parts)
-    expected = reference(False, None)
+    expected = reference(False, None, norm=norm)
     with FullyShardedDataParallel.summon_full_params(model):
         found = {name.split("_fsdp_wrapped_module.")[-1]: p for name, p in model.named_parameters()}
         if not original:
@@ -392,19 +401,21 @@ def fsdp1_case(rank: int, *, original: bool, strategy: str, parts: int = 1) -> N
             assert (found[name] - value).abs().max() <= ATOL, name
 
 
-def tensor_parallel_case(rank: int, *, clip: float | None = None, **loop: Any) -> None:
+def tensor_parallel_case(
+    rank: int, *, clip: float | None = None, norm: Any = "global", **loop: Any
+) -> None:
     """Two sharded layers, a plain one, and a replicated norm: every rank sees the whole batch."""
     mesh = init_device_mesh(device().type, (2,))
     model = Net(False)
     plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
     parallelize_module(model, mesh, plan)
     base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
-    opt = BoosterOptimizer(base, 5.0, 0.1)
+    opt = BoosterOptimizer(base, 5.0, 0.1, norm=norm)
     train(model, opt, **loop)
-    assert_same(model, reference(False, clip))
+    assert_same(model, reference(False, clip, norm=norm))
 
 
-def two_dimensions_case(rank: int, **loop: Any) -> None:
+def two_dimensions_case(rank: int, *, norm: Any = "global", **loop: Any) -> None:
     """FSDP2 over two pairs of tensor-parallel ranks."""
     mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "tp"))
     model = Net(False)
@@ -412,11 +423,39 @@ def two_dimensions_case(rank: int, **loop: Any) -> None:
     parallelize_module(model, mesh["tp"], plan)
     fully_shard(model, mesh=mesh["dp"])
     base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
-    opt = BoosterOptimizer(base, 5.0, 0.1)
+    opt = BoosterOptimizer(base, 5.0, 0.1, norm=norm)
     train(model, opt, rank=mesh["dp"].get_local_rank(), world=2, **loop)
-    assert_same(model, reference(False, None))
+    assert_same(model, reference(False, None, norm=norm))
     assert opt.diagnostics is not None
-    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=1e-6)
+    # ε counts for more beside the smaller norms of single tensors.
+    rel = 1e-6 if norm == "global" else 1e-3
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=rel)
+
+
+def one_collective_for_all_norms(rank: int, *, norm: Any) -> None:
+    """Of a kind of sharding: here some parameters are sharded, and some are replicated."""
+    model = Net(False)
+    fully_shard(model.inner)
+    fully_shard(model.outer)
+    opt = BoosterOptimizer(
+        base_optimizer(model.parameters()), 5.0, 0.1, norm=norm, self_check=False
+    )
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    def harmful() -> Tensor:
+        loss = model(torch.ones((2, 4), dtype=torch.float64), True).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counting)
+        opt.regularize(harmful)
+    assert sizes == [4]  # weight and bias of the two sharded layers
 
 
 # Checkpoints
@@ -546,6 +585,25 @@ TWO |= {
         for view in (False, True)
         for zeroing in (False, True)
     },
+    **{
+        f"one_collective_for_all_norms_{norm}": partial(one_collective_for_all_norms, norm=norm)
+        for norm in ("global", "tensor")
+    },
+    "ddp_tensor_norm": partial(ddp_case, norm="tensor", ddp={"gradient_as_bucket_view": True}),
+    "ddp_tensor_norm_two_reductions": partial(ddp_case, norm="tensor", local_second_pass=True),
+    "ddp_accumulates": partial(ddp_case, accumulates=True),
+    "ddp_accumulates_bucket_view": partial(
+        ddp_case, accumulates=True, ddp={"gradient_as_bucket_view": True}
+    ),
+    "fsdp2_tensor_norm": partial(fsdp2_case, norm="tensor"),
+    "fsdp2_tensor_norm_branches": partial(fsdp2_case, norm="tensor", branches=True),
+    "fsdp1_tensor_norm": partial(
+        fsdp1_case, norm="tensor", original=True, strategy="FULL_SHARD", parts=2
+    ),
+    "fsdp1_tensor_norm_flattened": partial(
+        fsdp1_case, norm="tensor", original=False, strategy="FULL_SHARD"
+    ),
+    "tensor_parallel_tensor_norm": partial(tensor_parallel_case, norm="tensor"),
     "ddp_no_sync_needs_accumulating_alignment": ddp_no_sync_needs_accumulating_alignment,
 }
 
@@ -565,6 +623,7 @@ FOUR: dict[str, Callable[[int], None]] = {
     for usage in ("staged", "one_call")
     for parts in (1, 2)
 }
+FOUR["fsdp2_times_tensor_parallel_tensor_norm"] = partial(two_dimensions_case, norm="tensor")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from benchmarks.harmful_finetuning.methods.repnoise import RepNoise
 from benchmarks.harmful_finetuning.methods.second_order import SecondOrder
 from benchmarks.harmful_finetuning.methods.sft import SFT
 from benchmarks.harmful_finetuning.methods.stage import Stage
-from benchmarks.harmful_finetuning.methods.tensor_wise import TensorWise
 from benchmarks.harmful_finetuning.methods.vaccine import Vaccine
 from benchmarks.harmful_finetuning.settings import Settings
 
@@ -37,7 +36,9 @@ class Method(NamedTuple):
     reference: str
     alignment: type[Stage] = SFT
     attack: type[Stage] = SFT
-    values: Mapping[str, float] = {}  # hyperparameters, where they are not the stage's defaults
+    values: Mapping[
+        str, float | str
+    ] = {}  # hyperparameters, where they are not the stage's defaults
     like: tuple[str, ...] = ()  # methods whose hyperparameters it takes where it is given none
     one_adapter: bool = False  # one LoRA through both stages, else merged and a second one
 
@@ -64,6 +65,11 @@ METHODS: dict[str, Method] = {
     "vaccine": Method("Vaccine", VACCINE, Vaccine),
     "booster": _booster("Booster", Booster, BOOSTER),
     "booster_warmed": _booster("Booster, λ warmed up", Booster, values={"warmup": 500}),
+    "booster_recommended": _booster(
+        "Booster, recommended",
+        Booster,
+        values={"norm": "tensor", "lam": 5.0, "alpha": 0.1, "warmup": 500},
+    ),
     "booster_vaccine": _booster("Booster + Vaccine", BoosterVaccine, f"{BOOSTER}; {VACCINE}"),
     "booster_lisa": _booster(
         "Booster + Lisa", Booster, f"{BOOSTER}; {LISA}", attack=Lisa, like=("booster", "lisa")
@@ -73,7 +79,9 @@ METHODS: dict[str, Method] = {
         "Booster, weighted", Booster, values={"every": 4}, like=("booster",)
     ),
     "random_direction": _booster("random direction", RandomDirection, like=("booster",)),
-    "tensor_wise": _booster("Booster, norms by tensor", TensorWise, like=("booster",)),
+    "tensor_wise": _booster(
+        "Booster, norms by tensor", Booster, values={"norm": "tensor"}, like=("booster",)
+    ),
     "second_order": _booster("Booster, second order", SecondOrder, like=("booster",)),
 }
 

@@ -10,16 +10,21 @@ Source: Huang et al., "Booster: Tackling Harmful Fine-tuning for Large Language 
 Attenuating Harmful Perturbation", ICLR 2025, arXiv 2409.01586, Algorithm 1, from which λ = 5 and
 α = 0.1 are taken. The implementation is `torch_booster`, used as any loop would use it.
 
-Two variations, not from the paper:
+Variations, not from the paper, all of them arguments of `BoosterOptimizer`:
 
-- λ·min(1, t/T) in place of λ at the steps t = 0, 1, 2, … An unaligned model complies: its harmful
-  loss is at the bottom, where a further step gains nothing, and the regulariser is content with it.
-  With the full λ from the first step on it can hold the model there, so that refusals are learned
-  in the first words alone. This lets the harmful loss rise first.
+- λ·min(1, (t − D)/T) in place of λ at the steps t = D, D + 1, …, and none before. An unaligned
+  model complies: its harmful loss is at the bottom, where a further step gains nothing, and the
+  regulariser is content with it. With the full λ from the first step on it can hold the model
+  there, so that refusals are learned in the first words alone. This lets the harmful loss rise
+  first.
+- A norm for each tensor: w′ᵢ = wᵢ − α/√n · ∇ᵢh(w)/(‖∇ᵢh(w)‖ + 1e-7). The simulated step has
+  length α all the same, but every tensor takes the same share of it.
 - The regulariser at every k-th step only, k times as heavy: 1 + 2/k passes a step.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,7 +41,9 @@ class Booster(Stage):
         optimizer: The base optimizer; `self.optimizer` wraps it.
         lam: λ ≥ 0, regulariser intensity, averaged over the steps; 0 is SFT.
         alpha: α ≥ 0, length of the simulated harmful step.
-        warmup: T, steps until the full λ; 0 is the full λ from the first step on.
+        norm: "global" or "tensor".
+        warmup: T, steps until the full λ; 0 is the full λ from step D on.
+        delay: D, steps without a regulariser.
         every: k ≥ 1; 1 is a regulariser at each step.
     """
 
@@ -49,11 +56,22 @@ class Booster(Stage):
         *,
         lam: float = 5.0,
         alpha: float = 0.1,
+        norm: Literal["global", "tensor"] = "global",
         warmup: int = 0,
+        delay: int = 0,
         every: int = 1,
     ) -> None:
-        super().__init__(model, BoosterOptimizer(optimizer, every * lam, alpha))
-        self.lam, self.warmup, self.every, self.steps = every * lam, warmup, every, 0
+        wrapped = BoosterOptimizer(
+            optimizer,
+            lam,
+            alpha,
+            norm=norm,
+            lam_warmup_steps=warmup,
+            lam_delay_steps=delay,
+            every=every,
+            self_check=False,  # passes are counted, and the loop is known
+        )
+        super().__init__(model, wrapped)
 
     def backward(self, batches: Batches, auxiliary: Batches) -> Tensor:
         """The regulariser first, then ∇f(w). Returns f(w)."""
@@ -62,15 +80,10 @@ class Booster(Stage):
 
     def regularize(self, auxiliary: Batches) -> None:
         """Adds λ·(∇h(w) − ∇h(w′)) of the next harmful batch to `.grad`."""
-        # By hand until `BoosterOptimizer` takes a warm-up and a distance of its own.
-        if self.warmup:
-            self.optimizer.lam = self.lam * min(1.0, self.steps / self.warmup)
-        if self.steps % self.every == 0:
+        if self.optimizer.is_due():
             harmful = next(auxiliary)
             self.optimizer.regularize(lambda: backpropagate(self.model, harmful))
-        self.steps += 1
 
     def diagnostics(self) -> dict[str, float]:
         """`torch_booster.Diagnostics` of the last step; empty while λ is 0."""
-        seen = self.optimizer.diagnostics
-        return {} if seen is None else {name: x.item() for name, x in seen._asdict().items()}
+        return self.optimizer.read_diagnostics()

@@ -37,6 +37,7 @@ class BoosterHeld(Booster):
         every: int = 4,
     ) -> None:
         super().__init__(model, optimizer, lam=lam, alpha=alpha)
+        self.lam = lam
         self.hold = every
         self.drawn = 0
         self.held: list[Tensor | None] = []
@@ -44,6 +45,7 @@ class BoosterHeld(Booster):
     def regularize(self, auxiliary: Batches) -> None:
         """Adds the regulariser to `.grad`, a new one where the step's number divides by k."""
         params = self.trainable()
+        self.optimizer.lam = 0.0 if self.drawn % self.hold else self.lam  # held ones come by hand
         if self.drawn % self.hold == 0:
             before = [None if p.grad is None else p.grad.clone() for p in params]
             super().regularize(auxiliary)
