@@ -167,7 +167,10 @@ def rounded_away() -> None:
 
 def blow_up() -> None:
     loop = Loop(alpha=1e3)
-    loop.opt.regularize(loop.closure)
+    for group in loop.opt.param_groups:
+        group["lr"] = 0.0
+    for _ in range(9):
+        loop.opt.step(loop.closure, loop.closure)
     loop.opt.read_diagnostics()
 
 
