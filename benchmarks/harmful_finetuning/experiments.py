@@ -59,6 +59,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         note="A score at a fixed step is all or nothing for a model that breaks about then; the "
         "steps until it breaks are not.",
     ),
+    "recommended": Experiment(
+        "How long does the recommended setting hold, on bases that no choice has seen?",
+        *(P, (0.2,), ("sft", "booster", "booster_warmed", "booster_recommended")),
+        fixed={"attack.steps": Times(4), "score.every": Times(0.5)},
+        note="Booster: the paper's, with the λ and α tuned on other bases.",
+    ),
     "sample-number": Experiment(
         "Does the number of the user's samples matter?",
         *("attack.samples", (Times(0.5), Times(0.75), Times(1)), TABLE),

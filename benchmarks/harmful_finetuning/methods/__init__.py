@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
     "booster_recommended": _booster(
         "Booster, recommended",
         Booster,
-        values={"norm": "tensor", "lam": 5.0, "alpha": 0.1, "warmup": 500},
+        values={"norm": "tensor", "lam": 10.0, "alpha": 0.2, "warmup": 500, "delay": 250},
     ),
     "booster_vaccine": _booster("Booster + Vaccine", BoosterVaccine, f"{BOOSTER}; {VACCINE}"),
     "booster_lisa": _booster(
