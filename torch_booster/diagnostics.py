@@ -56,7 +56,7 @@ def alarms(step: int, ratio: float, h: float, start: float) -> dict[str, str]:
         ['blow-up']
     """
     found: dict[str, str] = {}
-    if ratio < 0.5:
+    if ratio < 0:  # whatever the scale of the gradients, as under a GradScaler
         found["blow-up"] = (
             f"At step {step} the alignment blows up: over the last steps a simulated harmful step "
             f"lowered the harmful loss by {ratio:.2g} times what its gradient promises, so that "
@@ -74,23 +74,23 @@ def alarms(step: int, ratio: float, h: float, start: float) -> dict[str, str]:
 
 
 def warn_of_passes(
-    trial: Tensor, h: Tensor, expected: Tensor, rounded: tuple[float, torch.dtype] | None
+    trial: Tensor, h: Tensor, drop: Tensor, rounded: tuple[float, torch.dtype] | None
 ) -> None:
     """Warns of harmful passes that do not see one function, or not the perturbation asked for.
 
     Args:
         trial: h(w) of a first pass.
         h: h(w) of a second one, on the same randomness and buffers.
-        expected: h(w) − h(w′) to first order.
+        drop: h(w) − h(w′).
         rounded: Share of the narrow weights that moved, and their dtype.
     """
-    first, second, change = trial.item(), h.item(), expected.item()
+    first, second, change = trial.item(), h.item(), abs(drop.item())
     gap = abs(first - second)
     if math.isfinite(gap) and gap > 1e-5 * abs(second) + 0.01 * change:
         warnings.warn(
             f"harmful_closure is not one function of the weights: two calls at the same weights "
-            f"gave {first:.6g} and {second:.6g}, where the perturbation is expected to change the "
-            f"loss by {change:.2g}. The regulariser then measures that difference. Usual "
+            f"gave {first:.6g} and {second:.6g}, where the perturbation changes the loss by "
+            f"{change:.2g}. The regulariser then measures that difference. Usual "
             "causes: the closure draws a new batch (draw it before, outside the closure), a random "
             "generator of its own (seed it in the closure), or state that a pass leaves in the "
             "model (pass module=model, or put it back in the closure).",

@@ -366,14 +366,15 @@ class BoosterOptimizer(Optimizer):
             restore = copying(live, w)
             try:
                 moved = perturb_(live, w, direction, entries(s, g))  # w′ = w − s·∇h(w)
-                if trial is not None:
-                    warn_of_passes(trial, h, expected, moved_fraction(live, w, direction))
+                rounded = None if trial is None else moved_fraction(live, w, direction)
                 h_prime, difference = harmful.run_against(g, self.no_sync)  # ∇h(w) − ∇h(w′)
             finally:
                 restore()
 
         length = s * n if moved is None else tensor_norms(filled(g, moved), params, self.module)
         drop = h - h_prime
+        if trial is not None:
+            warn_of_passes(trial, h, drop, rounded)
         ratio = torch.where(expected > 0, drop.to(expected) / expected, torch.nan)
         both = torch.linalg.vector_norm(n), torch.linalg.vector_norm(length)
         self._now.diagnostics = Diagnostics(h, h_prime, drop, *both, ratio)

@@ -22,8 +22,7 @@ HEALTHY = {"harmful_loss": 2.3, "drop_ratio": 0.95}
     [
         (700, {}, 1.5, []),
         (700, {"drop_ratio": 1.1}, 1.5, []),
-        (700, {"drop_ratio": 0.6}, 1.5, []),
-        (700, {"drop_ratio": 0.4}, 1.5, ["blow-up"]),
+        (700, {"drop_ratio": 1e-3}, 1.5, []),  # as of gradients that a GradScaler has scaled
         (700, {"drop_ratio": -0.4}, 1.5, ["blow-up"]),
         (0, {"drop_ratio": -0.4}, math.nan, ["blow-up"]),
         (10, {"harmful_loss": 1.5}, 1.5, []),
@@ -74,10 +73,10 @@ def test_single_steps_below_zero_are_no_alarm() -> None:
     mean = None
     for value in (0.9, 0.95, -76.0, 0.9, 0.9, math.nan, -3.0):
         mean = smoothed(mean, torch.tensor(value))
-        assert mean.item() > 0.5
-    for _ in range(10):
-        mean = smoothed(mean, torch.tensor(-0.3))
-    assert mean.item() < 0.5
+        assert mean.item() > 0
+    for _ in range(20):
+        mean = smoothed(mean, torch.tensor(-0.5))
+    assert mean.item() < 0
 
 
 def test_the_harmful_loss_at_its_start_is_told_after_a_while() -> None:

@@ -552,18 +552,37 @@ def test_a_class_with_its_arguments_is_answered_with_the_right_call() -> None:
 # -------------------------------------------------------------------- a promise about the closure
 
 
-@pytest.mark.parametrize("zeroing", ["none", "in_place"])
+def test_a_scaled_loss_does_not_blind_the_check() -> None:
+    """Its gradients promise a thousand times the change that the returned loss shows."""
+    model, draw = TwoPart(), next_batch(torch.randn(6, 5))
+
+    def h() -> Tensor:
+        loss = model(draw()).square().mean()
+        (1024 * loss).backward()
+        return loss
+
+    opt = BoosterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), LAM, 1e-3)
+    with pytest.warns(UserWarning, match="not one function"):
+        opt.regularize(h)
+
+
+@pytest.mark.parametrize("zeroing", ["none", "in_place", "halved"])
 def test_a_closure_that_breaks_its_promise_is_found_out(zeroing: str) -> None:
     problem = make_problem()
     base = torch.optim.SGD(problem.params, lr=0.1)
     opt = BoosterOptimizer(base, LAM, ALPHA, accumulates=True)
 
+    if zeroing == "halved":
+        for p in problem.params:
+            p.register_post_accumulate_grad_hook(halve)
+
     def zeroes() -> Tensor:
-        base.zero_grad(set_to_none=zeroing == "none")
+        if zeroing != "halved":
+            base.zero_grad(set_to_none=zeroing == "none")
         return problem.h_closure()
 
     before = [p.detach().clone() for p in problem.params]
-    with pytest.raises(RuntimeError, match=r"zeroed \.grad, though accumulates=True"):
+    with pytest.raises(RuntimeError, match=r"edited \.grad, though accumulates=True"):
         opt.regularize(zeroes)
     for p, weight in zip(problem.params, before, strict=True):
         assert torch.equal(p, weight)

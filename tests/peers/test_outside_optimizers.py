@@ -487,7 +487,7 @@ def test_an_optimizer_that_steps_in_the_backward_pass_is_found_out(zeroes: bool)
         p.register_post_accumulate_grad_hook(step)
     opt = BoosterOptimizer(sgd(run.model.parameters()))
     before = run.weights
-    with pytest.raises(RuntimeError, match=r"changed weights|made no gradients"):
+    with pytest.raises(RuntimeError, match="changed weights"):
         opt.regularize(run.closure(-1.0))
     assert all(torch.equal(a, b) for a, b in zip(before, run.weights, strict=True))
 
