@@ -194,7 +194,7 @@ PROVOKE: dict[str, Callable[[], None]] = {
     "harmful_closure is not one function of the weights": another_batch,
     "The harmful pass left gradients on other tensors": of_another_optimizer,
     "The harmful pass changed weights": steps_in_the_backward_pass,
-    "harmful_closure zeroed .grad, though accumulates=True": broken_promise,
+    "harmful_closure zeroed or edited .grad, though accumulates=True": broken_promise,
     "Accelerate prepared this optimizer": prepared,
     "step() is missing harmful_closure": one_closure,
     "A gradient is sparse": sparse,
