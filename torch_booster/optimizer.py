@@ -44,6 +44,7 @@ from torch_booster.functional import (
     perturb_,
     step_sizes,
 )
+from torch_booster.signals import handlers_wait
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
 
@@ -55,7 +56,7 @@ STEP = "booster_step"
 
 @dataclass
 class _Now:
-    """What changes from step to step, in one object that stand-ins of the optimizer share."""
+    """What may change between steps, in one object that stand-ins of the optimizer share."""
 
     waiting: Waiting | None = None  # the regulariser that is in .grad and has not been stepped on
     diagnostics: Diagnostics | None = None
@@ -64,6 +65,10 @@ class _Now:
     checked: bool = False
     prepared: bool = False  # by Accelerate
     told: set[str] = field(default_factory=set[str])  # warnings that have been given
+    norm: str = "global"
+    every: int = 1
+    lam_warmup_steps: int = 0
+    lam_delay_steps: int = 0
 
 
 def _of_base(name: str, doc: str) -> Any:
@@ -74,6 +79,18 @@ def _of_base(name: str, doc: str) -> Any:
 
     def put(self: BoosterOptimizer, value: Any) -> None:
         setattr(self.base_optimizer, name, value)
+
+    return property(get, put, doc=doc)
+
+
+def _shared(name: str, doc: str) -> Any:
+    """An attribute that may change between steps, set through a stand-in as well."""
+
+    def get(self: BoosterOptimizer) -> Any:
+        return getattr(self._now, name)
+
+    def put(self: BoosterOptimizer, value: Any) -> None:
+        setattr(self._now, name, value)
 
     return property(get, put, doc=doc)
 
@@ -217,6 +234,7 @@ class BoosterOptimizer(Optimizer):
         self._defaults = {LAM: checked("lam", lam), ALPHA: checked("alpha", alpha)}
         if norm not in ("global", "tensor"):
             raise ValueError(f'norm is {norm!r}. Pass "global" or "tensor".')
+        self._now = _Now(checked=not self_check)
         self.norm = norm
         self.lam_warmup_steps = checked_count("lam_warmup_steps", lam_warmup_steps, 0)
         self.lam_delay_steps = checked_count("lam_delay_steps", lam_delay_steps, 0)
@@ -227,7 +245,6 @@ class BoosterOptimizer(Optimizer):
         self.no_sync = no_sync
         self.independent_ranks = independent_ranks
         self.accumulates = accumulates
-        self._now = _Now(checked=not self_check)
         self._begin()
 
     def _begin(self) -> None:
@@ -349,7 +366,7 @@ class BoosterOptimizer(Optimizer):
             )
         params, alphas = list(groups), [group[ALPHA] for group in groups.values()]
         options = self.replay_rng, self.module, self.accumulates
-        with HarmfulPasses(harmful_closure, params, *options) as harmful:
+        with handlers_wait(), HarmfulPasses(harmful_closure, params, *options) as harmful:
             trial = None if self._now.checked else harmful.trial()
             h, g = harmful.run()  # h(w), ∇h(w)
 
@@ -509,6 +526,10 @@ class BoosterOptimizer(Optimizer):
 
     lam: float = _in_groups("lam", LAM, "λ, regulariser intensity. Setting it sets every group.")
     alpha: float = _in_groups("alpha", ALPHA, "α, length of the simulated step; as `lam`.")
+    norm: Literal["global", "tensor"] = _shared("norm", "One norm, or one for each tensor.")
+    every: int = _shared("every", "k: the regulariser comes at every k-th step.")
+    lam_warmup_steps: int = _shared("lam_warmup_steps", "Steps over which λ grows from zero.")
+    lam_delay_steps: int = _shared("lam_delay_steps", "Steps before that, in which λ is 0.")
 
     @property
     def step_count(self) -> int:

@@ -52,7 +52,8 @@ def test_the_readme_shows_the_minimal_example() -> None:
 
 def test_imports_point_one_way() -> None:
     """optimizer -> closure -> distributed -> functional -> torch."""
-    order = ["functional", "checks", "diagnostics", "distributed", "closure", "optimizer"]
+    order = ["functional", "checks", "diagnostics", "distributed", "closure", "signals"]
+    order += ["optimizer"]
     for index, name in enumerate(order):
         source = files("torch_booster").joinpath(f"{name}.py").read_text()
         imported = re.findall(r"from torch_booster\.(\w+) import", source)

@@ -976,8 +976,9 @@ def test_bad_harmful_dataset(tmp_path: Path, harmful: Any, error: Any, message: 
 
 
 def test_harmful_dataset_is_required(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="harmful_dataset"):
-        BoosterTrainer(tiny_llama(), arguments(tmp_path))  # type: ignore[call-arg]
+    trainer = BoosterTrainer(tiny_llama(), arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"set trainer\.harmful_dataset before train"):
+        trainer.train()
 
 
 def test_empty_stream(tmp_path: Path) -> None:

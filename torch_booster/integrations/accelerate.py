@@ -28,19 +28,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.state import (  # pyright: ignore[reportMissingTypeStubs]
-    AcceleratorState,
-    GradientState,
-)
-from accelerate.utils import DistributedType  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_booster.checks import NO_DEEPSPEED, checked_closure, layers
 from torch_booster.closure import Closure
+from torch_booster.integrations import needs
 from torch_booster.optimizer import BoosterOptimizer
 
+with needs("accelerate"):
+    from accelerate.state import (  # pyright: ignore[reportMissingTypeStubs]
+        AcceleratorState,
+        GradientState,
+    )
+    from accelerate.utils import DistributedType  # pyright: ignore[reportMissingTypeStubs]
+
 __all__ = ["booster_of", "regularize", "step"]
+
+# Of a BoosterOptimizer, and of no optimizer around it.
+HYPERPARAMETERS = {"lam", "alpha", "every", "norm", "lam_warmup_steps", "lam_delay_steps"}
 
 
 def regularize(optimizer: Optimizer, harmful_closure: Closure) -> Tensor | None:
@@ -106,14 +112,29 @@ def step(optimizer: Optimizer, alignment_closure: Closure, harmful_closure: Clos
 
 
 def booster_of(optimizer: Optimizer) -> BoosterOptimizer:
-    """The BoosterOptimizer that an optimizer is, or wraps.
+    """The BoosterOptimizer that an optimizer is, or wraps: its `lam`, `alpha` and `diagnostics`.
+
+    What `accelerator.prepare` returns passes none of them on, so that after it
+
+        booster_of(optimizer).lam = 0.05
+        booster_of(optimizer).read_diagnostics()
+
+    stand for `optimizer.lam = 0.05` and `optimizer.read_diagnostics()`.
 
     Raises:
         TypeError: There is none.
+        RuntimeError: One of its hyperparameters was set on a wrapper, where it does nothing.
     """
     for layer in layers(optimizer):
         if isinstance(layer, BoosterOptimizer):
             return layer
+        accelerates = hasattr(layer, "gradient_state")  # others have an alpha of their own
+        for name in HYPERPARAMETERS & vars(layer).keys() if accelerates else ():
+            raise RuntimeError(
+                f"{name} was set on the {type(layer).__name__} around the BoosterOptimizer, where "
+                f"it does nothing. Set booster_of(optimizer).{name}, with booster_of from "
+                f"torch_booster.integrations.accelerate, and del optimizer.{name}."
+            )
     raise TypeError(
         f"There is no BoosterOptimizer in the {type(optimizer).__name__}. Wrap the optimizer "
         "before or after accelerator.prepare: BoosterOptimizer(AdamW(model.parameters()))."

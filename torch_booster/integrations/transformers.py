@@ -12,31 +12,72 @@ or, for another trainer, the mixin comes before its class:
 from __future__ import annotations
 
 import copy
+import json
+import os
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import count, islice
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from torch_booster.checks import NO_DEEPSPEED, checked, checked_count
 from torch_booster.diagnostics import Diagnostics
-from torch_booster.optimizer import BoosterOptimizer
+from torch_booster.integrations import needs
+from torch_booster.integrations.harmful_data import (
+    checked_dataset,
+    checked_first_batch,
+    checked_labels,
+    first_rows,
+    rows_dropped,
+)
+from torch_booster.optimizer import ALPHA, LAM, STEP, BoosterOptimizer
+
+with needs("transformers"):
+    import numpy as np
+    from accelerate.optimizer import AcceleratedOptimizer  # pyright: ignore[reportMissingTypeStubs]
+    from transformers import Trainer, TrainingArguments
+
+    from torch_booster.integrations.accelerate import booster_of
 
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
 
 # What a training step leaves behind in the trainer. TRL's trainers count tokens and average
 # entropy and accuracy over the calls of compute_loss, which are to be the alignment ones only.
-RECORDS = ("current_gradient_accumulation_steps", "_metrics", "_total_train_tokens")
+RECORDS = (
+    "current_gradient_accumulation_steps",
+    "_metrics",
+    "_stored_metrics",
+    "_total_train_tokens",
+)
+
+# TRL's trainers whose training step is more than a function of its batch, and why. Forks and
+# subclasses (A2PO has one name, Unsloth's end in these) are known by the end of their names.
+NOT_A_FUNCTION_OF_ITS_BATCH = {
+    "GRPOTrainer": "generates completions, and steps through a buffer of them",
+    "GMPOTrainer": "generates completions, and steps through a buffer of them",
+    "RLOOTrainer": "generates completions, and steps through a buffer of them",
+    "A2POTrainer": "generates completions within its steps",
+    "OnlineDPOTrainer": "generates completions within its steps",
+    "DistillationTrainer": "generates completions, and steps through a buffer of them",
+    "GOLDTrainer": "generates completions, and steps through a buffer of them",
+    "IWOPDTrainer": "generates completions, and steps through a buffer of them",
+    "SDFTTrainer": "generates completions, and steps through a buffer of them",
+    "SDPOTrainer": "generates completions, and steps through a buffer of them",
+}
+
+# Rows of a stream that are looked at before a run.
+SAMPLE = 256
+
+# In a checkpoint, beside the optimizer's state: the arguments that it was made with.
+ARGUMENTS_NAME = "booster_args.json"
 
 
 @dataclass
@@ -122,37 +163,71 @@ class BoosterMixin(Trainer):
     The records of the trainer gain the mean of each diagnostic over the steps since the last
     record, as they hold the mean loss: `harmful_loss` and its fellows in `Diagnostics`.
 
+    λ, α and the rest follow `booster_args` at every step: a callback may change them, and a
+    hyperparameter search may name them. A param group's own `booster_lam` and `booster_alpha` win
+    over them, and both win over what a checkpoint holds, of which a resumed run tells.
+
     Args:
         *args: Passed on to the trainer.
         harmful_dataset: Harmful examples with the columns of the training set. Their number is
-            independent of the training set's.
+            independent of the training set's. Where something else builds the trainer, leave it
+            out and set `trainer.harmful_dataset` before `train()`.
         booster_args: λ, α and the harmful batch size.
+        harmful_data_collator: Makes the harmful batches (default: the trainer's collator).
         **kwargs: Passed on to the trainer.
 
+    Attributes:
+        in_harmful_pass: Whether a harmful pass is running, for a `compute_loss` that counts.
+
     Raises:
-        ValueError: The harmful dataset is missing or empty, or an optimizer is given that steps
-            inside the backward pass.
-        TypeError: An optimizer is given that is a `BoosterOptimizer` already.
+        ValueError: The harmful dataset is missing, empty, or cannot be used in the training set's
+            place, or an optimizer is given that steps inside the backward pass.
+        TypeError: The harmful dataset is no dataset, an optimizer is given that is a
+            `BoosterOptimizer` already, the mixin comes after the trainer's class, or that class's
+            training step is more than a function of its batch (it generates, or has a buffer).
         RuntimeError: The trainer runs under DeepSpeed, or under FSDP with gradient accumulation.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuses a trainer that comes before the mixin and would be given its arguments."""
+        super().__init_subclass__(**kwargs)
+        for before in cls.__mro__[: cls.__mro__.index(BoosterMixin)]:
+            if not issubclass(before, BoosterMixin) and "__init__" in vars(before):
+                raise TypeError(
+                    f"{before.__name__} comes before BoosterMixin and does not know its arguments. "
+                    f"Turn them round: class {cls.__name__}(BoosterMixin, {before.__name__})."
+                )
 
     def __init__(
         self,
         *args: Any,
-        harmful_dataset: Any,
+        harmful_dataset: Any = ...,
         booster_args: BoosterArguments | None = None,
+        harmful_data_collator: Callable[[list[Any]], Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if harmful_dataset is None:
-            raise ValueError("harmful_dataset is None. Pass the examples to be resisted.")
-        if not isinstance(harmful_dataset, IterableDataset) and len(harmful_dataset) == 0:
-            raise ValueError("harmful_dataset is empty.")
-        self.harmful_dataset = harmful_dataset
+        for kind in self._trainers():
+            for name, why in NOT_A_FUNCTION_OF_ITS_BATCH.items():
+                if kind.endswith(name):
+                    raise TypeError(
+                        f"BoosterMixin cannot serve {kind}, which {why}: the two harmful passes "
+                        "would see different batches, and the alignment pass a harmful one. Align "
+                        "with SFTTrainer or DPOTrainer, before or afterwards."
+                    )
         self.booster_args = BoosterArguments() if booster_args is None else booster_args
-        self._harmful_is_prepared = False
+        self.harmful_data_collator = harmful_data_collator
+        self.in_harmful_pass = False
+        self._preparations: list[Callable[[Any], Any]] = []  # of TRL, for a set that is given late
+        self._harmful_dataset = ... if harmful_dataset is ... else checked_dataset(harmful_dataset)
         self._start_over()
         super().__init__(*args, **kwargs)
         self._refuse_what_cannot_work()
+        if self._harmful_dataset is not ...:
+            self._refuse_bad_data()
+
+    def _trainers(self) -> list[str]:
+        """The names of the classes that the mixin was put before."""
+        return [kind.__name__ for kind in type(self).__mro__ if not issubclass(kind, BoosterMixin)]
 
     def _refuse_what_cannot_work(self) -> None:
         if self.is_deepspeed_enabled:
@@ -173,27 +248,55 @@ class BoosterMixin(Trainer):
                 "optimizers holds a BoosterOptimizer. Pass its base optimizer; λ and α come from "
                 "booster_args, or from `booster_lam` and `booster_alpha` in the param groups."
             )
+        if getattr(self, "calculate_KL", False):
+            raise ValueError(
+                "KTOTrainer pairs each example with its neighbour to estimate a KL term, and the "
+                "harmful examples are shuffled. Set loss_type='apo_zero_unpaired', which has none."
+            )
+        if "GKDTrainer" in self._trainers() and getattr(self, "lmbda", 0.0) > 0.0:
+            raise ValueError(
+                "GKDTrainer generates completions within its steps where lmbda is not 0, so that "
+                "the two harmful passes would see different batches. Set lmbda=0.0."
+            )
 
     def _start_over(self) -> None:
         self._harmful_batches: Iterator[Any] = iter(())
         self._harmful_turn: int | None = None  # the number of the stream's next batch
         self._diagnostics: Tensor | float = 0.0  # summed up since the last record
         self._diagnosed_steps = 0
+        self._seen: tuple[int, Tensor] | None = None  # the step to come, and its diagnostics
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the trainer does, and lets go of the harmful stream and its workers."""
+        if self._harmful_dataset is ... and self.booster_args.lam > 0:
+            raise ValueError(
+                "There is no harmful_dataset. Pass it to the trainer, or set "
+                "trainer.harmful_dataset before train()."
+            )
         try:
             return super().train(*args, **kwargs)
         finally:
             self._start_over()
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Begins the run, which `auto_find_batch_size` may do several times."""
+        self._start_over()
+        if isinstance(booster := _bare(self.optimizer), BoosterOptimizer):
+            for group in booster._groups():
+                group[STEP] = 0
+        return super()._inner_training_loop(*args, **kwargs)
+
     # ------------------------------------------------------------------ the step
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Creates the trainer's optimizer and wraps it."""
-        optimizer = super().create_optimizer(model)
+        # Some trainers take no model, which only FSDP1 gives.
+        given: Any = (
+            super().create_optimizer() if model is None else super().create_optimizer(model)
+        )
+        optimizer: Any = self.optimizer if given is None else given
         if not isinstance(_bare(optimizer), BoosterOptimizer):  # it is in a second call of train
-            args = self.booster_args
+            args = self._followed = replace(self.booster_args)
             optimizer = BoosterOptimizer(
                 _bare(optimizer),
                 args.lam,
@@ -209,6 +312,23 @@ class BoosterMixin(Trainer):
         self.optimizer = optimizer
         return optimizer
 
+    def _follow_arguments(self, booster: BoosterOptimizer) -> None:
+        """Brings what has changed in `booster_args` into force."""
+        old, new = self._followed, self.booster_args
+        if new == old:
+            return
+        new = self._followed = replace(new)  # which checks the values
+        for name in ("norm", "lam_warmup_steps", "lam_delay_steps", "every"):
+            if getattr(new, name) != getattr(old, name):
+                setattr(booster, name, getattr(new, name))
+        for key, before, after in ((LAM, old.lam, new.lam), (ALPHA, old.alpha, new.alpha)):
+            booster._defaults[key] = float(after)
+            for group in booster._groups():
+                if group[key] == before:  # any other value is the group's own
+                    group[key] = float(after)
+        if new.per_device_harmful_batch_size != old.per_device_harmful_batch_size:
+            self._harmful_turn = None
+
     def training_step(
         self,
         model: nn.Module,
@@ -217,9 +337,11 @@ class BoosterMixin(Trainer):
     ) -> Tensor:
         """Runs forward and backward of a micro-batch, and before the last one the regulariser."""
         run = super().training_step
+        optimizer: Any = self.optimizer
+        booster = booster_of(optimizer)
+        self._follow_arguments(booster)
         # Before the last one and not before the first: only there does DDP reduce gradients, and
         # all ranks have to perturb in one direction.
-        booster = _bare(self.optimizer)
         if self.accelerator.gradient_state.sync_gradients and booster.is_due():
             self._regularize(booster, partial(run, model))
         return run(model, inputs, num_items_in_batch)
@@ -228,69 +350,241 @@ class BoosterMixin(Trainer):
         batch = self._next_harmful_batch(booster.step_count // booster.every)
         num_items = self._get_num_items_in_batch([batch], self.args.device)
         booster._end_waiting()  # of a step that a loss scaler skipped; the trainer has zeroed it
-        with _kept(self, RECORDS):
+
+        def closure() -> Tensor:
+            return run(copy.deepcopy(batch), num_items)  # a loss may edit its batch in place
+
+        with _kept(self, (*RECORDS, "in_harmful_pass")):
+            self.in_harmful_pass = True
             self.current_gradient_accumulation_steps = 1  # h is not accumulated
-            booster._regularize(lambda: run(batch, num_items))
+            booster._regularize(closure)
         seen = booster.diagnostics
         assert seen is not None
+        self._count_what_happened(booster)
         values = [v.to(self.args.device, torch.float32) for v in seen]
-        self._diagnostics = self._diagnostics + torch.stack(values)
-        self._diagnosed_steps += 1
+        self._seen = booster.step_count, torch.stack(values)
+
+    def _count_what_happened(self, booster: BoosterOptimizer) -> None:
+        """Adds to the record what a regulariser saw, if its step was taken and not skipped."""
+        if self._seen is not None and booster.step_count > self._seen[0]:
+            self._diagnostics = self._diagnostics + self._seen[1]
+            self._diagnosed_steps += 1
+            self._seen = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, with the diagnostics where the trainer records its own training loss."""
+        if isinstance(booster := _bare(self.optimizer), BoosterOptimizer):
+            self._count_what_happened(booster)
         # The learning rate tells that record, made on all ranks at once, from any other.
         if "learning_rate" in logs and self._diagnosed_steps:
             mean: Any = self._diagnostics / self._diagnosed_steps
             mean = self.accelerator.reduce(mean, reduction="mean")
             means = dict(zip(Diagnostics._fields, mean.tolist(), strict=True))
-            _bare(self.optimizer)._warn_of(means)
+            booster._warn_of(means)
             if self.accelerator.scaler is not None:  # these two are of the scaled loss
                 del means["harmful_grad_norm"], means["drop_ratio"]
             logs = {**logs, **means}
             self._diagnostics, self._diagnosed_steps = 0.0, 0
         super().log(logs, *args, **kwargs)
 
+    # ------------------------------------------------------------------ which values are in force
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Takes from a trial what `booster_args` has, and leaves the trainer the rest."""
+        if self.hp_search_backend is None or trial is None:
+            super()._hp_search_setup(trial)
+            return
+        asks = self.hp_search_backend.value == "optuna"
+        values: dict[str, Any] = self.hp_space(trial) if asks else dict(trial)
+        ours = {f.name: getattr(self.booster_args, f.name) for f in fields(self.booster_args)}
+        rest = {name: value for name, value in values.items() if name not in ours}
+        given = {
+            name: value if ours[name] is None else type(ours[name])(value)
+            for name, value in values.items()
+            if name in ours
+        }
+        self.booster_args = replace(self.booster_args, **given)
+        space = self.hp_space
+        try:
+            self.hp_space = lambda _: rest  # pyright: ignore[reportUnknownLambdaType]
+            super()._hp_search_setup(trial if asks else rest)
+        finally:
+            self.hp_space, self._trial = space, trial
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves the optimizer as the trainer does, and the arguments beside it."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            with open(os.path.join(output_dir, ARGUMENTS_NAME), "w", encoding="utf-8") as file:
+                json.dump(asdict(self.booster_args), file, indent=2)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads the optimizer as the trainer does; λ and α are what this run was given."""
+        booster = _bare(self.optimizer)
+        if checkpoint is None or not isinstance(booster, BoosterOptimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        given = [{key: group[key] for key in (LAM, ALPHA)} for group in booster._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed: dict[str, tuple[Any, Any]] = {}
+        for group, values in zip(booster._groups(), given, strict=True):
+            group[STEP] = group[STEP] or self.state.global_step  # of a run without Booster
+            for key, value in values.items():
+                if group[key] != value:
+                    changed[key.removeprefix("booster_")] = group[key], value
+            group.update(values)
+        path = os.path.join(checkpoint, ARGUMENTS_NAME)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                saved = json.load(file)
+            now = asdict(self.booster_args)
+            changed |= {
+                name: (value, now[name])
+                for name, value in saved.items()
+                if name in now and name not in ("lam", "alpha", "self_check") and value != now[name]
+            }
+        if changed:
+            told = ", ".join(f"{name}={new} ({old})" for name, (old, new) in changed.items())
+            warnings.warn(
+                f"The run goes on with other values than those of its checkpoint (in brackets): "
+                f"{told}. Pass the old ones in booster_args to go on as before.",
+                stacklevel=2,
+            )
+
     # ------------------------------------------------------------------ the harmful stream
+
+    @property
+    def harmful_dataset(self) -> Any:
+        """The harmful examples, prepared; those set here are prepared as the training set was."""
+        return None if self._harmful_dataset is ... else self._harmful_dataset
+
+    @harmful_dataset.setter
+    def harmful_dataset(self, dataset: Any) -> None:
+        self._harmful_dataset = checked_dataset(dataset)
+        for prepare in self._preparations:
+            self._harmful_dataset = prepare(self._harmful_dataset)
+        self._harmful_turn = None
+        self._refuse_bad_data()
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's trainers prepare the training set with this, before any evaluation set."""
         prepare: Callable[..., Any] = super()._prepare_dataset  # type: ignore[misc]
-        if not self._harmful_is_prepared:
-            self.harmful_dataset = prepare(self.harmful_dataset, *args, **kwargs)
-            self._harmful_is_prepared = True
+        if not self._preparations:
+            ours = [_HARMFUL if x == "train" else x for x in args]
+
+            def prepare_harmful(harmful: Any) -> Any:
+                with self._prepared_by_its_own_format(harmful, [*args, *kwargs.values()]):
+                    prepared = _told_of(partial(prepare, harmful, *ours, **kwargs))
+                    if hasattr(harmful, "take") and not hasattr(harmful, "__len__"):
+                        # Of a stream without end, a filter that drops all would never return.
+                        start = prepare(harmful.take(SAMPLE), *ours, **kwargs)
+                        checked_dataset(first_rows(start, 1), prepared=True)
+                packs = any(x is True for x in args) or kwargs.get("packing", False)
+                return prepared if packs else rows_dropped(harmful, prepared)
+
+            self._preparations.append(prepare_harmful)
+            if self._harmful_dataset is not ...:
+                self._harmful_dataset = prepare_harmful(self._harmful_dataset)
         return prepare(dataset, *args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        """TRL's preference trainers add the reference's log-probabilities with this."""
+        compute: Callable[..., Any] = super()._precompute_ref_logps  # type: ignore[misc]
+        if name == "train":
+
+            def add_to_harmful(harmful: Any) -> Any:
+                return _told_of(partial(compute, harmful, _HARMFUL, *args, **kwargs))
+
+            self._preparations.append(add_to_harmful)
+            if self._harmful_dataset is not ...:
+                self._harmful_dataset = add_to_harmful(self._harmful_dataset)
+        return compute(dataset, name, *args, **kwargs)
+
+    @contextmanager
+    def _prepared_by_its_own_format(self, harmful: Any, given: list[Any]) -> Generator[None]:
+        """SFTTrainer decides by the training set's columns whether prompts carry a loss."""
+        kept = getattr(self, "completion_only_loss", None)
+        args = next((x for x in given if isinstance(x, TrainingArguments)), None)
+        if kept is not None and getattr(args, "completion_only_loss", kept) is None:
+            (row,) = first_rows(harmful, 1)
+            self.completion_only_loss = "prompt" in row and "completion" in row
+        try:
+            yield
+        finally:
+            if kept is not None:
+                self.completion_only_loss = kept
+
+    def _refuse_bad_data(self) -> None:
+        """Looks at a first harmful batch beside one of the training set."""
+        data = checked_dataset(self._harmful_dataset, prepared=True)
+        if self.booster_args.lam == 0:  # which reads no harmful data
+            return
+        with _random_state_kept():
+            harmful = first_rows(data, self._harmful_batch_size())
+            alignment = first_rows(self.train_dataset, len(harmful))
+            ours, theirs = (
+                self._get_collator_with_removed_columns(collate, "training")
+                for collate in (self._harmful_collator(), self.data_collator)
+            )
+            checked_first_batch(harmful, alignment, ours, theirs, type(self).__name__)
+
+    def _harmful_collator(self) -> Callable[[list[Any]], Any]:
+        own = self.harmful_data_collator
+        return self.data_collator if own is None else own
+
+    def _harmful_batch_size(self) -> int:
+        size = self.booster_args.per_device_harmful_batch_size
+        if size is None:
+            return self._train_batch_size
+        # auto_find_batch_size has made the micro-batches smaller, since memory did not suffice.
+        return max(1, size * self._train_batch_size // self.args.train_batch_size)
 
     def _next_harmful_batch(self, turn: int) -> Any:
         if turn != self._harmful_turn:
             self._harmful_batches = self._harmful_batches_from(turn)
         batch = next(self._harmful_batches)
+        checked_labels(batch)
         self._harmful_turn = turn + 1
         return batch
 
-    def _harmful_batches_from(self, turn: int) -> Iterator[Any]:
-        """This rank's batches from number `turn` on, without end."""
-        args, data = self.args, self.harmful_dataset
-        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # ranks on one batch
-        rank, ranks = args.process_index // alike, args.world_size // alike
-        size = self.booster_args.per_device_harmful_batch_size or self._train_batch_size
-        order = None
+    def get_harmful_dataloader(self) -> DataLoader[Any]:
+        """The harmful batches; override it for a sampler or a loader of another kind.
+
+        A loader of one epoch is repeated, and its batches are dealt out to the ranks. The one made
+        here is for this rank, and does not end where the dataset has a length.
+        """
+        args, data = self.args, self._harmful_dataset
+        if data is ...:
+            raise ValueError("There is no harmful_dataset. Set trainer.harmful_dataset.")
+        size = self._harmful_batch_size()
+        sampler = None
         if not isinstance(data, IterableDataset):
             seed = args.seed if args.data_seed is None else args.data_seed
-            order = _shuffled(len(data), seed, count(turn * size * ranks + rank, ranks))
-        loader = DataLoader[Any](
+            sampler = _Shuffles(len(data), seed, size, *self._rank())
+        return DataLoader[Any](
             data,
             batch_size=size,
-            sampler=order,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, "harmful"),
+            sampler=sampler,
+            collate_fn=self._get_collator_with_removed_columns(self._harmful_collator(), "harmful"),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             # A loader draws a seed, and the global random state is the trainer's.
             generator=torch.Generator().manual_seed(args.seed),
         )
-        if order is not None:
+
+    def _rank(self) -> tuple[int, int]:
+        """This rank and their number, counting those that share one batch once."""
+        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        return self.args.process_index // alike, self.args.world_size // alike
+
+    def _harmful_batches_from(self, turn: int) -> Iterator[Any]:
+        """This rank's batches from number `turn` on, without end."""
+        loader: Any = self.get_harmful_dataloader()
+        sampler: Any = getattr(loader, "sampler", None)
+        if isinstance(sampler, _Shuffles):
+            sampler.turn = turn
             return iter(loader)
-        batches = islice(_repeated(loader), rank, None, ranks)
+        batches = islice(_repeated(loader), self._rank()[0], None, self._rank()[1])
         with _random_state_kept():  # of the checkpoint, which has these draws behind it
             for _ in islice(batches, turn):
                 pass
@@ -305,23 +599,43 @@ def _bare(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _shuffled(size: int, seed: int, positions: Iterable[int]) -> Iterator[int]:
-    """What stands at these positions of an endless row of shuffles of `range(size)`."""
+def _told_of(prepare: Callable[[], Any]) -> Any:
+    """Names the harmful dataset where its preparation fails."""
+    try:
+        return prepare()
+    except Exception as error:
+        raise ValueError(
+            f"harmful_dataset cannot be prepared as the training set is ({type(error).__name__}: "
+            f"{error}). Give it the training set's columns and type."
+        ) from error
 
-    @lru_cache(maxsize=1)
-    def shuffle(epoch: int) -> Any:
-        return np.random.default_rng((seed, epoch)).permutation(size)
 
-    for position in positions:
-        epoch, index = divmod(position, size)
-        yield int(shuffle(epoch)[index])
+_HARMFUL = "harmful"  # what TRL calls the set in its progress bars
 
 
-def _repeated(loader: DataLoader[Any]) -> Iterator[Any]:
+class _Shuffles(Sampler[int]):
+    """One rank's part of an endless row of shuffles, from batch number `turn` on."""
+
+    def __init__(self, rows: int, seed: int, batch_size: int, rank: int, ranks: int) -> None:
+        self.rows, self.seed, self.batch_size = rows, seed, batch_size
+        self.rank, self.ranks, self.turn = rank, ranks, 0
+
+    def __iter__(self) -> Iterator[int]:
+        @lru_cache(maxsize=1)
+        def shuffle(epoch: int) -> Any:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+
+        for position in count(self.turn * self.batch_size * self.ranks + self.rank, self.ranks):
+            epoch, index = divmod(position, self.rows)
+            yield int(shuffle(epoch)[index])
+
+
+def _repeated(loader: Any) -> Iterator[Any]:
     """The batches of epoch after epoch, of which the dataset is told where it asks to be."""
+    dataset: Any = getattr(loader, "dataset", None)
     for epoch in count():
-        if hasattr(loader.dataset, "set_epoch"):
-            loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
         empty = True
         for batch in loader:
             empty = False
