@@ -103,7 +103,8 @@ def param_groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
 
 def oracle(run: Run, dtype: torch.dtype = torch.float64, booster: bool = True) -> Values:
     """The run on one process and the whole batch, by the formula."""
-    model = run.net().to(dtype)
+    # Not checkpointed: functional_call's weights would be gone by the time of the second forward.
+    model = replace(run, blocks=False).net().to(dtype)
     base = torch.optim.AdamW(param_groups(run, model), lr=LR, weight_decay=0.1)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     held = dict(model.named_parameters())
@@ -239,7 +240,3 @@ def difference(a: Values, b: Values) -> float:
 def noise(run: Run) -> float:
     """How far the oracle in float32 is from itself in float64."""
     return difference(oracle(run, torch.float32), oracle(run))
-
-
-def plain(run: Run) -> Run:
-    return replace(run, lam=0.0)

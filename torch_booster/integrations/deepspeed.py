@@ -16,11 +16,11 @@ is refused, and the first regulariser looks whether the engine did what it was t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import deepspeed  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
 import torch
 from torch import Tensor, nn
 
@@ -152,6 +152,7 @@ class BoosterEngine(Hyperparameters):
         Raises:
             RuntimeError: A regulariser waits for a step that `engine.step()` has taken.
         """
+        difference = None
         if self.engine.is_gradient_accumulation_boundary():
             difference, self._waiting = self._waiting, None
             if difference is not None:
@@ -167,6 +168,9 @@ class BoosterEngine(Hyperparameters):
                         "booster.lam = 0 for plain steps.",
                     )
         self.engine.step(lr_kwargs)
+        if difference is not None:
+            # Else parameters that the next alignment pass does not reach take it once more.
+            self._shards.forget()
         if self.engine.was_step_applied():  # neither between boundaries nor where fp16 overflowed
             for group in self._groups():
                 group[STEP] += 1
@@ -238,7 +242,7 @@ class BoosterEngine(Hyperparameters):
         fails = self._shards.any_rank(not holds)
         if fails:
             raise RuntimeError(
-                f"Self-check failed: under DeepSpeed {deepspeed.__version__}, with "
+                f"Self-check failed: under DeepSpeed {_version()}, with "
                 f"{_name_of(self.engine.optimizer)}, it does not hold that {what}. A step would be "
                 "silently wrong. Use DDP or FSDP2, or another ZeRO stage."
             )
@@ -281,6 +285,8 @@ class _HarmfulPasses:
         self._buffers = Buffers(engine.module)
 
     def __enter__(self) -> _HarmfulPasses:
+        # The last step's gradients are still there for parameters that no pass reaches by now.
+        self._shards.forget()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -634,11 +640,18 @@ def _whole(lengths: Tensor) -> float:
 # ---------------------------------------------------------------------- what is refused
 
 
-def _name_of(optimizer: Any) -> str:
-    """Torch's own, which stage 0 steps on in float32, or the class's exact name."""
-    if isinstance(optimizer, torch.optim.Optimizer):
+def _name_of(thing: Any) -> str:
+    """The exact name of its class; that of torch's optimizers, on which stage 0 steps in float32.
+
+    A subclass is not what was tested. Names, because importing DeepSpeed takes seconds.
+    """
+    if isinstance(thing, torch.optim.Optimizer):
         return "torch.optim"
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _version() -> str:
+    return str(sys.modules["deepspeed"].__version__)
 
 
 _ADAPTERS: dict[str, Callable[[Any], _Shards]] = {
@@ -661,17 +674,17 @@ def refuse_what_cannot_work(engine: Any) -> None:
         TypeError: It is no plain DeepSpeedEngine, or has an optimizer of an unknown class.
         RuntimeError: DeepSpeed's version, or a feature that is switched on, is not supported.
     """
-    least, limit = VERSIONS
-    version = tuple(int(x) for x in deepspeed.__version__.split("+")[0].split(".")[:3])
-    if not least <= version < limit:
-        raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} is installed, whose internals were not looked at. "
-            f"Install deepspeed>={_dotted(least)},<{_dotted(limit)}."
-        )
-    if type(engine) is not deepspeed.DeepSpeedEngine:
+    if _name_of(engine) != "deepspeed.runtime.engine.DeepSpeedEngine":
         raise TypeError(
             f"engine is a {type(engine).__name__}. Pass the plain DeepSpeedEngine that "
             "deepspeed.initialize returns; pipeline and hybrid engines are not supported."
+        )
+    least, limit = VERSIONS
+    version = tuple(int(x) for x in _version().split("+")[0].split(".")[:3])
+    if not least <= version < limit:
+        raise RuntimeError(
+            f"DeepSpeed {_version()} is installed, whose internals were not looked at. "
+            f"Install deepspeed>={_dotted(least)},<{_dotted(limit)}."
         )
     name = _name_of(engine.optimizer)
     if name not in _ADAPTERS:
