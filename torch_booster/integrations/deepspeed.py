@@ -186,6 +186,8 @@ class BoosterEngine(Hyperparameters):
             scale = shards.loss_scale()
             n = shards.tensor_norms(norms(g)) / scale  # ‖∇ᵢh(w)‖
             s = step_sizes(n, alphas, self.norm, self.eps)
+            postponed = check and not bool(n.isfinite().all())  # fp16 overflows, and skips the step
+            check = check and not postponed
             expected = (s * n * n).sum()
 
             live = shards.masters()
@@ -197,7 +199,7 @@ class BoosterEngine(Hyperparameters):
                 moved = perturb_(live, w, g, shards.by_piece(s / scale))  # w′ = w − s·∇h(w)
                 shards.push()
                 length = s * n if moved is None else shards.tensor_norms(moved)
-                if trial is not None:
+                if trial is not None and check:
                     self._look_at(trial, h, g, expected, length, live, w)
                 h_prime, difference = harmful.run_against(g)  # ∇h(w) − ∇h(w′)
             finally:
@@ -206,6 +208,7 @@ class BoosterEngine(Hyperparameters):
             if check:
                 self._insist("the forward weights come back", shards.are_forward(w))
         self._note(h, h_prime, n, length, expected)
+        self._now.checked = not postponed
         return difference
 
     def _look_at(
@@ -228,7 +231,7 @@ class BoosterEngine(Hyperparameters):
         subtract_(before, g)
         left, whole = (_whole(shards.tensor_norms(norms(x))) for x in (before, g))
         same_loss = abs(first.item() - h.item()) <= 1e-5 * abs(h.item())
-        self._insist("a pass leaves no gradients to the next", not same_loss or left <= 0.5 * whole)
+        self._insist("a pass leaves no gradients to the next", not same_loss or left <= 0.1 * whole)
         difference = copies(live)
         subtract_(difference, w)
         moved, wanted = _whole(shards.tensor_norms(norms(difference))), _whole(length)
@@ -463,7 +466,8 @@ class _Replicated(_Shards):
 
     def gradients(self) -> list[Tensor]:
         if self.is_bf16:
-            return [g for group in self.optimizer.fp32_groups_gradients for g in group]
+            flat = [g for group in self.optimizer.fp32_groups_gradients for g in group]
+            return [g.view(p.shape) for g, p in zip(flat, self.tensors, strict=True)]
         for p in self.tensors:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return [p.grad for p in self.tensors if p.grad is not None]
