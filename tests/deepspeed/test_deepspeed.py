@@ -344,6 +344,7 @@ def misuse_is_refused(stage: int, rank: int) -> None:
 
 def features_are_refused(rank: int) -> None:
     import deepspeed
+
     from torch_booster.integrations.deepspeed import BoosterEngine
 
     run = Run(stage=3)
