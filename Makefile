@@ -40,8 +40,8 @@ $(PEERS): pyproject.toml constraints.txt
 $(DEEPSPEED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-deepspeed
 	$(VENV)-deepspeed/bin/python $(PIP) . hypothesis ninja numpy pytest setuptools wheel
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)-deepspeed/bin/python $(PIP) '.[deepspeed]' \
-		--no-build-isolation-package deepspeed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)-deepspeed/bin/python -m pip install --quiet \
+		--disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 demo: $(DEMO)  ## Align a small model with SFT and with Booster, attack both, show table and plot
