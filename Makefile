@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)-peers/.installed
+DEEPSPEED := $(VENV)-deepspeed/.installed
 
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-examples test-benchmarks test-docs test-peers test-reliability \
-	check package format docs check-site bench-quick bench-step clean
+.PHONY: help demo test test-examples test-benchmarks test-docs test-peers test-deepspeed \
+	test-reliability 	check package format docs check-site bench-quick bench-step clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +36,14 @@ $(PEERS): pyproject.toml constraints.txt
 	$(VENV)-peers/bin/python $(PIP) '.[peers,test]'
 	@touch $@
 
+# Built on torch, which it must find, and without its kernels; it compiles one when it first runs.
+$(DEEPSPEED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	$(VENV)-deepspeed/bin/python $(PIP) . hypothesis ninja numpy pytest setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)-deepspeed/bin/python -m pip install --quiet \
+		--disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
+	@touch $@
+
 demo: $(DEMO)  ## Align a small model with SFT and with Booster, attack both, show table and plot
 	$(BIN)/python examples/lora_alignment.py
 
@@ -52,6 +61,10 @@ test-docs: $(INSTALLED)  ## Run the code of the documentation, build the site, c
 
 test-peers: $(PEERS)  ## Run the tests with optimizers and quantised weights of other packages
 	OMP_NUM_THREADS=1 $(VENV)-peers/bin/python -m pytest -m peers
+
+test-deepspeed: $(DEEPSPEED)  ## Run the tests of DeepSpeed engines, on ZeRO stages 0 to 3
+	PATH=$(abspath $(VENV)-deepspeed/bin):$$PATH DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+		$(VENV)-deepspeed/bin/python -m pytest tests/deepspeed
 
 test-reliability: $(INSTALLED)  ## Run the fault and fuzz tests at length, and print what they counted
 	$(TEST) -m reliability
@@ -84,4 +97,4 @@ bench-step: $(INSTALLED)  ## Measure what a step costs beside its passes, agains
 	$(BIN)/python benchmarks/step_cost.py --output build/step_cost.json
 
 clean:  ## Remove the environments and what tools left
-	rm -rf $(VENV) $(VENV)-peers build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

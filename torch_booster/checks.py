@@ -23,8 +23,9 @@ __all__ = [
 ]
 
 NO_DEEPSPEED = (
-    "BoosterOptimizer does not support DeepSpeed: its engine owns gradients, parameters and the "
-    "step, so that the harmful passes cannot be kept out of the update. Use DDP or FSDP2."
+    "BoosterOptimizer does not support DeepSpeed, whose engine owns gradients, weights and the "
+    "step. In a loop of your own put BoosterEngine of torch_booster.integrations.deepspeed around "
+    "the engine. Use DDP or FSDP2 elsewhere."
 )
 
 # Optional in the signature of `step`, and demanded by its code.

@@ -26,12 +26,15 @@ from torch_booster.distributed import copies, local, placed_like
 from torch_booster.functional import add_, copying, filled, norms, scale_, subtract_
 
 __all__ = [
+    "Buffers",
     "Closure",
     "Grads",
     "HarmfulPasses",
+    "RandomState",
     "Waiting",
     "add_scaled",
     "insist_on_gradients",
+    "loss_of",
     "set_aside",
 ]
 
@@ -64,8 +67,8 @@ class HarmfulPasses:
         self._params = params
         self._module = module
         self._accumulates = accumulates
-        self._rng = _RandomState() if replay_rng else None
-        self._buffers = _Buffers(module)
+        self._rng = RandomState() if replay_rng else None
+        self._buffers = Buffers(module)
         ours = {*params}
         everything = () if module is None else module.parameters()
         others = [p for p in everything if p.requires_grad and p not in ours]
@@ -171,19 +174,7 @@ class HarmfulPasses:
             loss = self._closure()
         self._returned: Any = loss
         insist_on_gradients("harmful_closure", self._params)
-        if not isinstance(loss, Tensor):
-            if isinstance(loss, bool) or not isinstance(loss, Real):
-                raise TypeError(
-                    f"harmful_closure must return its loss, got {shown(loss)}. End it with "
-                    "`return loss`."
-                )
-            return torch.tensor(as_float(loss))
-        if loss.numel() != 1 or loss.is_complex() or loss.dtype is torch.bool:
-            raise ValueError(
-                f"harmful_closure must return a real scalar loss, got a tensor of shape "
-                f"{tuple(loss.shape)} and {loss.dtype}. Return loss.mean() or loss.sum()."
-            )
-        return loss.detach().clone().reshape(())
+        return loss_of(loss)
 
     def _strangers(self) -> list[Tensor]:
         ours = {*self._params}
@@ -203,6 +194,28 @@ _NOT_ACCUMULATED = (
     "harmful_closure zeroed or edited .grad, though accumulates=True promises that it only adds "
     "to it. Zero no gradients in it, or leave accumulates=False."
 )
+
+
+def loss_of(returned: Any) -> Tensor:
+    """What a harmful closure returned, as a detached tensor without dimensions.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not one real number.
+    """
+    if not isinstance(returned, Tensor):
+        if isinstance(returned, bool) or not isinstance(returned, Real):
+            raise TypeError(
+                f"harmful_closure must return its loss, got {shown(returned)}. End it with "
+                "`return loss`."
+            )
+        return torch.tensor(as_float(returned))
+    if returned.numel() != 1 or returned.is_complex() or returned.dtype is torch.bool:
+        raise ValueError(
+            f"harmful_closure must return a real scalar loss, got a tensor of shape "
+            f"{tuple(returned.shape)} and {returned.dtype}. Return loss.mean() or loss.sum()."
+        )
+    return returned.detach().clone().reshape(())
 
 
 def _negate(grads: Grads) -> Grads:
@@ -325,7 +338,7 @@ def _refuse_sparse(name: str, params: Sequence[Tensor]) -> None:
             )
 
 
-class _RandomState:
+class RandomState:
     """State of every global generator: torch's on all devices, numpy's and Python's."""
 
     def __init__(self) -> None:
@@ -342,6 +355,7 @@ class _RandomState:
             self._device = None if many else self._module.get_rng_state()
 
     def restore(self) -> None:
+        """Puts every generator back."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
         if self._numpy is not None:
@@ -352,7 +366,7 @@ class _RandomState:
             self._module.set_rng_state(self._device)
 
 
-class _Buffers:
+class Buffers:
     """A module's buffers, and the plain values beside them that say what is in them.
 
     A rotary embedding, for one, remembers in an int for what length its frequencies were made.
@@ -375,6 +389,7 @@ class _Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Puts buffers and values back, in place where their shape allows."""
         for owner, buffers, beside in self._saved:
             for buffer, value in buffers.values():
                 if buffer is not None and value is not None:

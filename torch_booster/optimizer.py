@@ -11,18 +11,17 @@ where the second-order term is passed straight through (Huang et al., ICLR 2025,
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_booster.checks import checked, checked_base, checked_closure, checked_count, layers
+from torch_booster.checks import checked, checked_base, checked_closure, layers
 from torch_booster.closure import (
     Closure,
     Grads,
@@ -32,43 +31,21 @@ from torch_booster.closure import (
     insist_on_gradients,
     set_aside,
 )
-from torch_booster.diagnostics import Diagnostics, alarms, smoothed, warn_of_passes
+from torch_booster.diagnostics import Diagnostics, warn_of_passes
 from torch_booster.distributed import copies, local, refuse_unequal, tensor_norms
 from torch_booster.functional import (
     copying,
     entries,
     filled,
-    lam_at,
     moved_fraction,
     norms,
     perturb_,
     step_sizes,
 )
+from torch_booster.hyperparameters import ALPHA, STEP, Hyperparameters, Now
 from torch_booster.signals import handlers_wait
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
-
-# Keys in the param groups. The base's own names stay free: RMSprop and ASGD own `alpha`.
-LAM = "booster_lam"
-ALPHA = "booster_alpha"
-STEP = "booster_step"
-
-
-@dataclass
-class _Now:
-    """What may change between steps, in one object that stand-ins of the optimizer share."""
-
-    waiting: Waiting | None = None  # the regulariser that is in .grad and has not been stepped on
-    diagnostics: Diagnostics | None = None
-    start: Tensor | None = None  # harmful loss of the regulariser at the run's first steps
-    ratio: Tensor | None = None  # running mean of drop_ratio, of which outliers are cut
-    checked: bool = False
-    prepared: bool = False  # by Accelerate
-    told: set[str] = field(default_factory=set[str])  # warnings that have been given
-    norm: str = "global"
-    every: int = 1
-    lam_warmup_steps: int = 0
-    lam_delay_steps: int = 0
 
 
 def _of_base(name: str, doc: str) -> Any:
@@ -79,18 +56,6 @@ def _of_base(name: str, doc: str) -> Any:
 
     def put(self: BoosterOptimizer, value: Any) -> None:
         setattr(self.base_optimizer, name, value)
-
-    return property(get, put, doc=doc)
-
-
-def _shared(name: str, doc: str) -> Any:
-    """An attribute that may change between steps, set through a stand-in as well."""
-
-    def get(self: BoosterOptimizer) -> Any:
-        return getattr(self._now, name)
-
-    def put(self: BoosterOptimizer, value: Any) -> None:
-        setattr(self._now, name, value)
 
     return property(get, put, doc=doc)
 
@@ -110,30 +75,10 @@ def _on_base(name: str) -> Any:
     return register
 
 
-def _in_groups(name: str, key: str, doc: str) -> Any:
-    """A hyperparameter that every group has, readable where they agree."""
-
-    def get(self: BoosterOptimizer) -> float:
-        values = [group[key] for group in self._groups()]
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"The param groups have different {name}: {values}. "
-                f"Read opt.param_groups[i][{key!r}] instead."
-            )
-        return values[0]
-
-    def put(self: BoosterOptimizer, value: float) -> None:
-        self._defaults[key] = checked(name, value)
-        for group in self.param_groups:
-            group[key] = self._defaults[key]
-
-    return property(get, put, doc=doc)
-
-
 # NOTE: `state`, `param_groups`, `defaults` and the hooks are the base optimizer's own, so
 # schedulers, checkpoints and mixed-precision tools see one optimizer. Optimizer.__init__ would
 # build a second set of them and run process-wide hooks twice; it is therefore not called.
-class BoosterOptimizer(Optimizer):
+class BoosterOptimizer(Hyperparameters, Optimizer):
     r"""Wraps an optimizer so that it steps on the Booster gradient.
 
     $$ g = \nabla f(w) + \lambda\,\Bigl(\nabla h(w) - \nabla h\bigl(w - \alpha\,
@@ -231,15 +176,8 @@ class BoosterOptimizer(Optimizer):
         self_check: bool = True,
     ) -> None:
         self.base_optimizer = checked_base(base_optimizer, BoosterOptimizer)
-        self._defaults = {LAM: checked("lam", lam), ALPHA: checked("alpha", alpha)}
-        if norm not in ("global", "tensor"):
-            raise ValueError(f'norm is {norm!r}. Pass "global" or "tensor".')
-        self._now = _Now(checked=not self_check)
-        self.norm = norm
-        self.lam_warmup_steps = checked_count("lam_warmup_steps", lam_warmup_steps, 0)
-        self.lam_delay_steps = checked_count("lam_delay_steps", lam_delay_steps, 0)
-        self.every = checked_count("every", every, 1)
-        self.eps = checked("eps", eps)
+        self._now = Now(checked=not self_check)
+        self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps)
         self.replay_rng = replay_rng
         self.module = module
         self.no_sync = no_sync
@@ -389,16 +327,9 @@ class BoosterOptimizer(Optimizer):
                 restore()
 
         length = s * n if moved is None else tensor_norms(filled(g, moved), params, self.module)
-        drop = h - h_prime
         if trial is not None:
-            warn_of_passes(trial, h, drop, rounded)
-        ratio = torch.where(expected > 0, drop.to(expected) / expected, torch.nan)
-        both = torch.linalg.vector_norm(n), torch.linalg.vector_norm(length)
-        self._now.diagnostics = Diagnostics(h, h_prime, drop, *both, ratio)
-        self._now.ratio = smoothed(self._now.ratio, ratio)
-        self._now.checked = True
-        if self._now.start is None and self.step_count <= self.every:
-            self._now.start = h
+            warn_of_passes(trial, h, h - h_prime, rounded)
+        self._note(h, h_prime, n, length, expected)
         return difference
 
     def _add(self, groups: dict[Tensor, dict[str, Any]], difference: Grads) -> None:
@@ -434,11 +365,14 @@ class BoosterOptimizer(Optimizer):
 
     def _step_taken(self) -> None:
         """Runs after each step of the optimizer that steps, whoever called it."""
+        for group in self.param_groups:  # first, so that Ctrl-C hardly comes between
+            group[STEP] += 1
         waiting = self._now.waiting
         self._end_waiting()
         if waiting is None or waiting.lost:
             self._now.diagnostics = None
-            if self.is_due() and any(group.get("lr", 1.0) != 0 for group in self.param_groups):
+            due = any(self._lam(group, group[STEP] - 1) for group in self.param_groups)
+            if due and any(group.get("lr", 1.0) != 0 for group in self.param_groups):
                 self._tell(
                     "plain",
                     "This step had no regulariser although λ is not zero: regularize() was not "
@@ -446,8 +380,6 @@ class BoosterOptimizer(Optimizer):
                     "opt.zero_grad(), opt.regularize(harmful_closure), backward(), opt.step() in "
                     "this order, or set opt.lam = 0 for plain steps.",
                 )
-        for group in self.param_groups:
-            group[STEP] += 1
 
     def _end_waiting(self) -> None:
         if self._now.waiting is not None:
@@ -472,42 +404,7 @@ class BoosterOptimizer(Optimizer):
                 "which wait for the micro-batch that steps and keep λ whole."
             )
 
-    # ------------------------------------------------------------------ reading and checking
-
-    @property
-    def diagnostics(self) -> Diagnostics | None:
-        """What the regulariser of this step saw; None where the last step had none."""
-        return self._now.diagnostics
-
-    def read_diagnostics(self) -> dict[str, float]:
-        """The diagnostics as numbers; waits for the device.
-
-        Warns once where the alignment blows up or takes the easy way out, with the step and the
-        remedy.
-
-        Returns:
-            The fields of `Diagnostics`; empty where the last step had no regulariser.
-        """
-        seen = self._now.diagnostics
-        if seen is None:
-            return {}
-        values = torch.stack([x.to(seen.drop_ratio) for x in seen]).tolist()
-        read = dict(zip(Diagnostics._fields, values, strict=True))
-        self._warn_of(read)
-        return read
-
-    def _warn_of(self, values: Mapping[str, float]) -> None:
-        if self._now.ratio is None:
-            return
-        start = torch.nan if self._now.start is None else self._now.start.item()
-        ratio, h = self._now.ratio.item(), values["harmful_loss"]
-        for kind, text in alarms(self.step_count, ratio, h, start).items():
-            self._tell(kind, text)
-
-    def _tell(self, kind: str, text: str) -> None:
-        if kind not in self._now.told:
-            self._now.told.add(kind)
-            warnings.warn(text, stacklevel=3)
+    # ------------------------------------------------------------------ checking
 
     def check(self, harmful_closure: Closure) -> None:
         """Looks once more whether a harmful closure is one function of the weights.
@@ -521,43 +418,6 @@ class BoosterOptimizer(Optimizer):
         self._now.diagnostics = seen
         if self._now.waiting is not None:  # it has come back as a copy
             self._now.waiting = self._now.waiting.anew()
-
-    # ------------------------------------------------------------------ hyperparameters
-
-    lam: float = _in_groups("lam", LAM, "λ, regulariser intensity. Setting it sets every group.")
-    alpha: float = _in_groups("alpha", ALPHA, "α, length of the simulated step; as `lam`.")
-    norm: Literal["global", "tensor"] = _shared("norm", "One norm, or one for each tensor.")
-    every: int = _shared("every", "k: the regulariser comes at every k-th step.")
-    lam_warmup_steps: int = _shared("lam_warmup_steps", "Steps over which λ grows from zero.")
-    lam_delay_steps: int = _shared("lam_delay_steps", "Steps before that, in which λ is 0.")
-
-    @property
-    def step_count(self) -> int:
-        """t, optimizer steps taken, those before a resumption included."""
-        return max(group[STEP] for group in self._groups())
-
-    def is_due(self) -> bool:
-        """Whether the step to come has a regulariser: λ is not zero in some group by then."""
-        groups = self._groups()
-        for group in groups:
-            for key in self._defaults:
-                checked(key, group[key])
-        return any(self._lam(group) for group in groups)
-
-    def _lam(self, group: dict[str, Any]) -> float:
-        """λ in force, in the sign in which the base optimizer takes gradients."""
-        ascends = group.get("maximize", getattr(self._stepping, "maximize", False))
-        schedule = self.lam_warmup_steps, self.lam_delay_steps, self.every
-        lam = lam_at(group[STEP], group[LAM], *schedule)
-        return -lam if ascends else lam
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The param groups, completed where the base has got new ones."""
-        taken = max((group.get(STEP, 0) for group in self.param_groups), default=0)
-        for group in self.param_groups:
-            for key, value in (*self._defaults.items(), (STEP, taken)):
-                group.setdefault(key, value)
-        return self.param_groups
 
     def _trainable(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that requires a gradient, without repetition."""

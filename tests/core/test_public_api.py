@@ -51,8 +51,9 @@ def test_the_readme_shows_the_minimal_example() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """optimizer -> closure -> distributed -> functional -> torch."""
+    """optimizer -> hyperparameters -> closure -> distributed -> functional -> torch."""
     order = ["functional", "checks", "diagnostics", "distributed", "closure", "signals"]
+    order += ["hyperparameters"]
     order += ["optimizer"]
     for index, name in enumerate(order):
         source = files("torch_booster").joinpath(f"{name}.py").read_text()

@@ -156,8 +156,9 @@ def a_class() -> None:
 
 def deepspeed() -> None:
     model = nn.Linear(4, 1)
-    model.weight.ds_id = 0  # type: ignore[assignment]
-    Loop(model)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number  # type: ignore[attr-defined]
+    BoosterOptimizer(torch.optim.AdamW(model.parameters()))
 
 
 def rounded_away() -> None:

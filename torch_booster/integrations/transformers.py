@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from torch_booster.checks import NO_DEEPSPEED, checked, checked_count
 from torch_booster.diagnostics import Diagnostics
+from torch_booster.hyperparameters import ALPHA, LAM, STEP
 from torch_booster.integrations import needs
 from torch_booster.integrations.harmful_data import (
     checked_dataset,
@@ -38,7 +39,7 @@ from torch_booster.integrations.harmful_data import (
     first_rows,
     rows_dropped,
 )
-from torch_booster.optimizer import ALPHA, LAM, STEP, BoosterOptimizer
+from torch_booster.optimizer import BoosterOptimizer
 
 with needs("transformers"):
     import numpy as np
