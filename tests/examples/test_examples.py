@@ -82,8 +82,9 @@ def test_the_tutorial_is_short() -> None:
 
 
 def test_demo_writes_table_results_plot_and_a_sentence(
-    demo: Path, capsys: pytest.CaptureFixture[str]
+    demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # so that no heading is broken
     assert run_demo(demo) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for word in (
