@@ -78,8 +78,7 @@ class HarmfulPasses:
     def __enter__(self) -> HarmfulPasses:
         _refuse_sparse("the loop", self._params)
         # Copies: data parallelism may keep the tensors themselves, and write to them.
-        grads = [p.grad for p in self._held]
-        self._kept = filled(grads, copies([x for x in grads if x is not None]))
+        self._kept = _copied([p.grad for p in self._held])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +132,7 @@ class HarmfulPasses:
         loss = self._call([None] * len(self._params))
         grads = self._made()
         if not self._accumulates:  # else the next pass goes on top of them
-            grads = filled(grads, copies([x for x in grads if x is not None]))
+            grads = _copied(grads)
         return loss, grads
 
     def run_against(
@@ -158,7 +157,7 @@ class HarmfulPasses:
         pairs = [(x, q) for x, q in zip(g, made, strict=True) if x is not None and q is not None]
         subtract_(local(x for x, _ in pairs), local(q for _, q in pairs))
         alone = [q if x is None else None for x, q in zip(g, made, strict=True)]
-        minus = _negate(filled(alone, copies([q for q in alone if q is not None])))
+        minus = _negate(_copied(alone))
         return loss, [m if x is None else x for x, m in zip(g, minus, strict=True)]
 
     def _call(self, grads: Grads) -> Tensor:
@@ -216,6 +215,10 @@ def loss_of(returned: Any) -> Tensor:
             f"{tuple(returned.shape)} and {returned.dtype}. Return loss.mean() or loss.sum()."
         )
     return returned.detach().clone().reshape(())
+
+
+def _copied(grads: Grads) -> Grads:
+    return filled(grads, copies([g for g in grads if g is not None]))
 
 
 def _negate(grads: Grads) -> Grads:
@@ -292,10 +295,9 @@ def add_scaled(params: Sequence[Tensor], grads: Grads, factors: Sequence[float])
 @contextmanager
 def set_aside(params: Sequence[Tensor]) -> Generator[Sequence[Tensor]]:
     """Context of an empty `.grad`, to which what was there before is added at the end."""
-    grads = [p.grad for p in params]
     with torch.no_grad():
         # Copies: data parallelism may keep the tensors themselves, and write to them.
-        kept = filled(grads, copies([x for x in grads if x is not None]))
+        kept = _copied([p.grad for p in params])
     for param in params:
         param.grad = None
     try:
