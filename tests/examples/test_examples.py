@@ -35,6 +35,7 @@ TINY = [
     *("--base.steps", "3", "--base.width", "32", "--align.steps", "4", "--attack.steps", "4"),
     *("--score.every", "2", "--score.samples", "6", "--attack.samples", "40"),
     *("--score.max_new_tokens", "4", "--p", "0", "0.25", "--workers", "1"),
+    *("--methods", "sft", "booster", "--seeds", "0"),
 ]
 
 
@@ -96,33 +97,38 @@ def test_demo_writes_table_results_plot_and_a_sentence(
         "results and plot",
     ):
         assert word in printed
-    assert printed.endswith(("%.", "before the attack."))  # one sentence that says what came out
+    assert printed.endswith(("%.", "seed 0."))  # one sentence that says what came out
     records = json.loads((demo / "out" / "results.json").read_text())
     places = [(r["method"], r["settings"]["attack"]["p"]) for r in records]
-    assert places == [(m, p) for m in ("sft", "booster_warmed") for p in (0.0, 0.25)]
+    assert places == [(m, p) for m in ("sft", "booster") for p in (0.0, 0.25)]
     for record in records:
         assert {"torch", "transformers", "peft", "torch_booster"} <= record["versions"].keys()
         assert [point["step"] for point in record["curve"]] == [0, 2, 4]
         diagnosed = "harmful_loss_drop" in record["alignment"][-1]
-        assert diagnosed == (record["method"] == "booster_warmed")
+        assert diagnosed == (record["method"] == "booster")
     assert (demo / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("booster", "before", "said"),
     [
-        (10.0, 0.0, "at a harmful score of 10 %, 80 points under SFT's 90 %."),
-        (95.0, 0.0, "at a harmful score of 95 %, no better than SFT's 90 %."),
-        (10.0, 40.0, "It was not aligned well before the attack."),
+        (10.0, 0.0, "at a harmful score of 15 % (worst base 20 %), 75 points under SFT's 90 %;"),
+        (95.0, 0.0, "at a harmful score of 100 % (worst base 105 %), no better than SFT's 90 %;"),
+        (10.0, 40.0, "Not aligned well before the attack: Booster, recommended, seed 1."),
     ],
 )
 def test_the_sentence_says_so_where_it_went_wrong(booster: float, before: float, said: str) -> None:
-    rows = {
-        ("SFT", 0.1): {"harmful score": 50.0, "before": 0.0},
-        ("SFT", 0.2): {"harmful score": 90.0, "before": 0.0},
-        ("Booster", 0.2): {"harmful score": booster, "before": before},
-    }
-    assert said in lora_alignment.verdict(pd.DataFrame(rows).T.rename_axis(["method", "p"]))
+    rows = [
+        ("SFT", 0.1, 0, 50.0, 0.0),
+        ("SFT", 0.2, 0, 90.0, 0.0),
+        ("Booster", 0.2, 0, 33.0, 0.0),
+        ("Booster, recommended", 0.2, 0, booster, 0.0),
+        ("Booster, recommended", 0.2, 1, booster + 10.0, before),
+    ]
+    scores = pd.DataFrame(rows, columns=["method", "p", "seed", "harmful score", "before"])
+    sentence = lora_alignment.verdict(scores)
+    assert said in sentence
+    assert "; Booster at 33 %." in sentence
 
 
 def test_second_run_trains_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
