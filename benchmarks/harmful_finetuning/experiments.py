@@ -14,6 +14,8 @@ PAPER = ("sft", "lisa", "repnoise", "vaccine", "booster")
 """The methods of the paper's tables."""
 TABLE = (*PAPER, "booster_warmed")
 TWO = ("sft", "booster", "booster_warmed")
+LONGER = 4
+"""How many times as long as usual the long attacks are."""
 
 
 class Times(NamedTuple):
@@ -55,14 +57,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     "long-attack": Experiment(
         "When does each defense break under an attack four times as long?",
         *(P, (), TABLE),
-        fixed={"attack.steps": Times(4)},
+        fixed={"attack.steps": Times(LONGER)},
         note="A score at a fixed step is all or nothing for a model that breaks about then; the "
         "steps until it breaks are not.",
     ),
     "recommended": Experiment(
         "How long does the recommended setting hold, on bases that no choice has seen?",
-        *(P, (0.2,), ("sft", "booster", "booster_warmed", "booster_recommended")),
-        fixed={"attack.steps": Times(4), "score.every": Times(0.5)},
+        *(P, (0.2,), (*PAPER, "booster_recommended")),
+        fixed={"attack.steps": Times(LONGER), "score.every": Times(0.5)},
         note="Booster: the paper's, with the λ and α tuned on other bases.",
     ),
     "sample-number": Experiment(

@@ -27,6 +27,7 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart, and one o
     "vaccine": "#e69f00",
     "booster": "#0072b2",
     "booster_warmed": "#332288",
+    "booster_recommended": "#000000",
 }
 LABELS = {METHODS[method].label: colour for method, colour in COLOURS.items()}
 STYLE: dict[str, Any] = dict(  # noqa: C408, as keywords
@@ -71,6 +72,10 @@ def _one_legend(figure: Figure) -> None:
     )
 
 
+def _bases(runs: pd.DataFrame) -> str:
+    return f"{runs['seed'].nunique()} bases"
+
+
 def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
     names = {method: METHODS[method].label for method in COLOURS}
     return runs.assign(method=runs["method"].map(names)).dropna(subset="method")
@@ -78,9 +83,10 @@ def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
 
 def under_attack(tables: Tables) -> Figure:
     """The harmful score of each defense during an attack four times as long."""
-    runs = _labelled(frame(tables, "long-attack", "full"))
+    runs = _labelled(frame(tables, "recommended", "full"))
     curves = runs[["run", "method", "seed"]].merge(tables["curves"], on="run")
-    figure = _figure(8.5, 4.6, "line: mean of five bases; band: from the lowest to the highest")
+    note = f"line: mean of {_bases(runs)}; band: from the lowest to the highest"
+    figure = _figure(8.5, 4.6, note)
     axes = figure.subplots()
     sns.lineplot(
         curves,
@@ -125,13 +131,14 @@ def over_p(tables: Tables) -> Figure:
 
 def breaks(tables: Tables) -> Figure:
     """Where each defense breaks, base by base."""
-    found = Answers(frame(tables, "long-attack", "full"), tables["curves"], "attack.p")
+    runs = frame(tables, "recommended", "full")
+    found = Answers(runs, tables["curves"], "attack.p")
     rows = [
         {"method": METHODS[method].label, "step": step}
         for method in found.methods
         for step in found.by_seed(method, found.values, "break").values()
     ]
-    figure = _figure(8.5, 3.6, "dot: one base; line: median of five bases")
+    figure = _figure(8.5, 3.6, f"dot: one base; line: median of {_bases(runs)}")
     axes = figure.subplots()
     points = pd.DataFrame(rows)
     middle = points.groupby("method", as_index=False)["step"].median()

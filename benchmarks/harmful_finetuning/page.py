@@ -162,19 +162,37 @@ class Page(NamedTuple):
         return answers(self.tables, "harmful-ratio", "full").each_seed(method, float(p))
 
     def breaks(self, name: str, trained: str) -> str:
-        """The time to break of each defense, times SFT's, beside what it costs."""
+        """The time to break of each method, times SFT's, beside other scores and what it costs."""
         found = answers(self.tables, name, trained)
         (value,) = found.values
+
+        def shown(method: str, score: str, digits: int) -> str:
+            return found.show(found.by_seed(method, [value], score).values(), digits)
+
         rows = [
             [
                 label(method),
-                found.delay(method, value),
-                found.show(found.by_seed(method, [value], "after_finetune_accuracy").values(), 1),
+                "1" if method == "sft" else found.delay(method, value),
+                shown(method, "usual", 1),
+                f"{max(found.by_seed(method, [value], 'usual').values()):.0f}",
+                shown(method, "after_finetune_accuracy", 1),
+                shown(method, "after_over_refusal", 1),
+                shown(method, "align_passes_per_step", 1),
             ]
             for method in found.methods
-            if method != "sft"
         ]
-        return markdown(["defense", "times SFT's steps", "finetune accuracy, %"], rows)
+        heads = ["aligned with", "times SFT's steps", "harmful score at the usual length, %"]
+        heads += ["worst base", "finetune accuracy, %", "over-refusal, %", "passes a step"]
+        return markdown(heads, rows)
+
+    def worst(self, name: str, trained: str, method: str) -> str:
+        """The steps until the weakest base breaks, times SFT's."""
+        found = answers(self.tables, name, trained)
+        return found.delay(method, found.values[0]).rpartition("worst ")[2]
+
+    def seeds(self, name: str, trained: str) -> str:
+        """How many bases an experiment has."""
+        return str(len(answers(self.tables, name, trained).seeds))
 
     def targets(self) -> str:
         """What was aimed at beside what was measured."""

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harmful_finetuning import paper
-from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, PAPER
+from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, LONGER, PAPER
 from benchmarks.harmful_finetuning.intervals import (
     MISSING,
     Curve,
@@ -140,6 +140,7 @@ class Answers:
             "half": steps_to_half,
             "area": area_under,
             "last": lambda curve: curve[-1][0],
+            "usual": lambda curve: dict(curve).get(curve[-1][0] / LONGER, math.nan),
         }
         own = {
             name: [number(curves[run]) if run in curves else math.nan for run in self.runs["run"]]
