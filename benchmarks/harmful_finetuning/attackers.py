@@ -2,8 +2,8 @@
 
 Beside the usual choices of fine-tuning there are those of one who knows the defense:
 
-- *jump*: first a random step of a given length, each tensor in proportion to its norm, which leaves
-  the place that the defense made flat, and then the attack;
+- *jump*: first a random step of a given length in all weights, each tensor in proportion to its
+  norm, which leaves the place that the defense made flat, and then the attack;
 - *norms*: steps along −g/‖g‖ or, for each tensor i, −gᵢ/(√n·‖gᵢ‖): the direction that Booster with
   the other norm did not simulate;
 - *ahead*: each step takes the gradient at w − α·g/‖g‖, behind the place where Booster made the
@@ -253,7 +253,7 @@ def _represented(model: Any, tokenizer: Any, settings: Settings, examples: list[
 
 
 def _jump(model: Any, length: float) -> None:
-    moved = [p for p in model.parameters() if p.requires_grad]
+    moved = list(model.parameters())  # frozen ones too: a new LoRA starts at zero
     noise = [torch.randn_like(p) * p.detach().norm() / (p.numel() ** 0.5) for p in moved]
     if length:
         _move(moved, [length * d for d in _of_length_one(noise)])
