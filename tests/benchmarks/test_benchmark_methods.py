@@ -221,7 +221,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster": booster,
         "booster_warmed": booster | {"warmup": 500},
         "booster_recommended": booster | recommended,
-        "booster_mixture": {k: v for k, v in recommended.items()} | {"spread": 4.0},
+        "booster_mixture": recommended | {"spread": 4.0},
         "booster_vaccine": {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
         "booster_lisa": booster | lisa,
         "booster_held": {"lam": 5.0, "alpha": 0.1, "every": 4},
