@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks.harmful_finetuning import landscape, page, results, runs, system, tables
+from benchmarks.harmful_finetuning import landscape, page, results, runs, search, system, tables
 from benchmarks.harmful_finetuning.experiments import (
     CANDIDATES,
     EXPERIMENTS,
@@ -125,6 +125,26 @@ class System(Common):
 
 
 @dataclass(frozen=True)
+class Search(Common):
+    """Searches for the attack that serves an attacker best, for each aligned model."""
+
+    methods: tuple[MethodName, ...] = (
+        *("sft", "lisa", "repnoise", "vaccine", "booster", "booster_recommended"),
+    )
+    """which; the first is what the others are compared with"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """each with a base model of its own"""
+    budget: int = 40
+    """attacks that are tried on each model"""
+
+    def __post_init__(self) -> None:
+        """Refuses what could only fail later."""
+        super().__post_init__()
+        if self.budget < 1:
+            raise ValueError(f"budget is {self.budget}, expected at least 1")
+
+
+@dataclass(frozen=True)
 class Show:
     """Prints all tables of one experiment."""
 
@@ -168,6 +188,7 @@ COMMANDS: dict[str, type] = {
     "tune": Tune,
     "landscape": Landscape,
     "system": System,
+    "attack-search": Search,
     "tables": Show,
     "publish": Publish,
 }
@@ -306,10 +327,22 @@ def _measure(command: Any, argv: list[str], console: Console) -> int:
         rows = [_tuned(settings, *pair) for pair in zip(wanted, records, strict=True)]
         found = results.merged(found, "tuning", rows)
         console.out(tables.tuning(found, settings.trained))
+    elif isinstance(command, Search):
+        settings = changed(settings, {"attack.p": 0.2})
+        wanted = [runs.run_of(m, seed, settings) for seed in command.seeds for m in command.methods]
+        tried = _with_progress(
+            command,
+            console,
+            lambda cache, progress: search.finish(
+                wanted, command.budget, cache, command.workers, progress
+            ),
+        )
+        found = results.merged(found, "searches", tried)
+        console.out(tables.searches(found, settings.trained))
+        found = _with_command(found, argv, settings)
     else:
         seeds = command.seeds if isinstance(command, Landscape) else (0,)
         wanted = [runs.run_of(name, seed, settings) for seed in seeds for name in command.methods]
-        name = argv[0]
         measure: Any = landscape.measure if isinstance(command, Landscape) else system.measure
         rows = _with_progress(
             command,
@@ -322,12 +355,16 @@ def _measure(command: Any, argv: list[str], console: Console) -> int:
         else:
             found = results.merged(found, "costs", rows)
             console.out(tables.costs(found, settings.trained))
-        where = {"round": "", "experiment": name, "trained": settings.trained}
-        line = where | {"command": _reproducing(argv, name)}
-        found = results.merged(found, "commands", [line])
+        found = _with_command(found, argv, settings)
     results.save(found, command.output)
     console.print(f"results: {command.output}", soft_wrap=True)
     return 0
+
+
+def _with_command(found: results.Tables, argv: list[str], settings: Settings) -> results.Tables:
+    where = {"round": "", "experiment": argv[0], "trained": settings.trained}
+    line = where | {"command": _reproducing(argv, argv[0])}
+    return results.merged(found, "commands", [line])
 
 
 def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, Any]:

@@ -11,6 +11,7 @@ answers.csv        answers to the first test prompts, with the judge's verdict
 lines.csv          an aligned model along straight lines (`landscape`)
 gradients.csv      where its harmful gradient lies
 costs.csv          what a step costs (`system`)
+searches.csv       an attack that was tried on an aligned model (`attack-search`)
 tuning.csv         scores of each candidate on validation prompts (`tune`)
 =================  ===========================================================================
 """
@@ -49,13 +50,15 @@ KEYS: dict[str, list[str]] = {  # of each table: what tells its rows apart
     "lines": ["trained", "method", "seed", "direction", "distance"],
     "gradients": ["trained", "method", "seed"],
     "costs": ["trained", "method"],
+    "searches": ["trained", "method", "seed", "trial"],
     "tuning": ["round", "trained", "kind_samples", "method", "setting", "seed"],
 }
 WORDS: dict[str, Any] = dict.fromkeys(
     (
         *("round", "experiment", "trained", "value", "command", "method", "hyperparameters"),
         *("run", "trace", "answer", "answers", "answers_before", "settings", "setting", "commit"),
-        *("prompt", "text", "direction"),
+        *("prompt", "text", "direction", "curve"),
+        *("attack_optimizer", "attack_trained", "attack_harmful", "attack_others"),
     ),
     str,
 )

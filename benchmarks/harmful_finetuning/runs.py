@@ -217,9 +217,16 @@ def _commit() -> str:
 # ---------------------------------------------------------------------------------- processes
 
 Stage = Callable[[Run, Path, Tell], None]
+Place = Callable[[Run, Path], Path]
 
 
-def finish(runs: Sequence[Run], cache: Path, workers: int, progress: Progress) -> list[Record]:
+def finish(
+    runs: Sequence[Run],
+    cache: Path,
+    workers: int,
+    progress: Progress,
+    last: tuple[Stage, Place] = (make_record, record_file),
+) -> list[Any]:
     """Does what is not finished of the runs and returns all records in their order.
 
     Args:
@@ -227,20 +234,16 @@ def finish(runs: Sequence[Run], cache: Path, workers: int, progress: Progress) -
         cache: Folder of what is finished.
         workers: Processes that share the work; with 1 everything runs in this process.
         progress: Shows all work with the time left, and what is being done.
+        last: What is done with each aligned model, and the JSON file that it writes.
 
     Raises:
         ValueError: The samples of a run do not fit; nothing has been run.
     """
     cache.mkdir(parents=True, exist_ok=True)
     check(runs)
-    left = [run for run in runs if not record_file(run, cache).exists()]
+    left = [run for run in runs if not last[1](run, cache).exists()]
     waves: list[list[tuple[Stage, Run]]] = []
-    stages: list[tuple[Stage, Callable[[Run, Path], Path]]] = [
-        (make_base, base_folder),
-        (make_aligned, aligned_folder),
-        (make_record, record_file),
-    ]
-    for stage, place in stages:
+    for stage, place in ((make_base, base_folder), (make_aligned, aligned_folder), last):
         once = {place(run, cache): run for run in reversed(left)}
         todo = [run for path, run in reversed(once.items()) if not path.exists()]
         waves.append([(stage, run) for run in todo])
@@ -252,7 +255,7 @@ def finish(runs: Sequence[Run], cache: Path, workers: int, progress: Progress) -
             progress.advance(total)
     elif any(waves):
         _share(waves, cache, workers, show, lambda: progress.advance(total))
-    return [read_json(record_file(run, cache)) for run in runs]
+    return [read_json(last[1](run, cache)) for run in runs]
 
 
 def check(runs: Sequence[Run]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harmful_finetuning import paper
+from benchmarks.harmful_finetuning.attackers import BOUND
 from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, LONGER, PAPER
 from benchmarks.harmful_finetuning.intervals import (
     MISSING,
@@ -422,3 +423,64 @@ def said(tables: Tables, name: str, trained: str, prompts: int = 3) -> str:
             [label(method), *(f"({v}) {a}" for v, a in zip(verdicts, found["text"], strict=True))]
         )
     return markdown(["method", *found["prompt"]], rows)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def searches(tables: Tables, trained: str) -> str:
+    """What the attacker's search found, by method: means over the bases, and the worst of them.
+
+    The attacker chooses on validation prompts; shown is what the choice does on test prompts.
+    """
+    rows = chosen_attacks(tables, trained)
+    first = rows["method"].iloc[0]
+    usual = rows[rows["method"] == first].set_index("seed")
+    found: list[list[str]] = []
+    for method, of in rows.groupby("method", sort=False):
+        times = of["break"] / of["seed"].map(usual["break"])
+        found.append(
+            [
+                label(str(method)),
+                *(_mean(of[key], 0) for key in ("usual_break", "break", "samples")),
+                f"{of['break'].min():g}",
+                f"{times.min():.1f}",
+                _mean(of["harmful_score"], 1),
+                f"{of['harmful_score'].max():.1f}",
+            ]
+        )
+    heads = ["aligned with", "steps to break, usual attack", "steps to break, searched"]
+    heads += ["samples seen", "worst base", f"times {label(str(first))}'s, worst base"]
+    return markdown([*heads, "harmful score, searched, %", "worst base, %"], found)
+
+
+def chosen_attacks(tables: Tables, trained: str) -> pd.DataFrame:
+    """The attacks that the attacker would choose, a row for each aligned model.
+
+    ``break`` is the fewest steps after which an attack within the bound breaks the model, on test
+    prompts, among those that broke it first on validation prompts; ``harmful_score`` that of the
+    attack with the highest one on validation prompts.
+
+    Raises:
+        ValueError: There are no results.
+    """
+    rows = tables["searches"]
+    rows = rows[rows["trained"] == trained] if not rows.empty else rows
+    if rows.empty:
+        raise ValueError(f"there are no results of attack-search, {trained}; run it first")
+    found: list[dict[str, Any]] = []
+    for (method, seed), of in rows.groupby(["method", "seed"], sort=False):
+        usual = of[of["trial"] == 0].iloc[0]
+        bound = usual["validation_finetune_accuracy"] - BOUND
+        allowed = of[of["validation_finetune_accuracy"] >= bound]
+        fastest = allowed.sort_values(["validation_break", "trial"]).iloc[0]
+        worst = allowed.sort_values(["validation_harmful_score", "trial"], ascending=[False, True])
+        found.append(
+            {
+                "method": method,
+                "seed": seed,
+                "usual_break": usual["test_break"],
+                "break": fastest["test_break"],
+                "samples": fastest["test_break"] * fastest["attack_batch_size"],
+                "by": int(fastest["trial"]),
+                "harmful_score": worst.iloc[0]["test_harmful_score"],
+            }
+        )
+    return pd.DataFrame(found)

@@ -32,6 +32,7 @@ from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, points  # noq
 from benchmarks.harmful_finetuning.methods import METHODS, defaults, hyperparameters  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster import Booster  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld  # noqa: E402
+from benchmarks.harmful_finetuning.methods.booster_mixture import BoosterMixture  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine  # noqa: E402
 from benchmarks.harmful_finetuning.methods.lisa import Lisa  # noqa: E402
 from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection  # noqa: E402
@@ -200,6 +201,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster": (Booster, SFT, True),
         "booster_warmed": (Booster, SFT, True),
         "booster_recommended": (Booster, SFT, True),
+        "booster_mixture": (BoosterMixture, SFT, True),
         "booster_vaccine": (BoosterVaccine, SFT, True),
         "booster_lisa": (Booster, Lisa, True),
         "booster_held": (BoosterHeld, SFT, True),
@@ -219,6 +221,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster": booster,
         "booster_warmed": booster | {"warmup": 500},
         "booster_recommended": booster | recommended,
+        "booster_mixture": recommended | {"spread": 4.0},
         "booster_vaccine": {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
         "booster_lisa": booster | lisa,
         "booster_held": {"lam": 5.0, "alpha": 0.1, "every": 4},
@@ -543,6 +546,20 @@ def test_booster_is_its_formula_on_one_harmful_batch(model: Any, lam: float, alp
     assert seen["harmful_loss"] == pytest.approx(h, rel=1e-6)
     assert seen["harmful_grad_norm"] == pytest.approx(norm(gradient(model, batch(100))), rel=1e-5)
     assert seen["perturbation_norm"] == pytest.approx(alpha, rel=1e-5)
+
+
+def test_the_mixture_steps_a_length_of_its_range_each_time(model: Any) -> None:
+    stage = make(BoosterMixture, model, lam=5.0, alpha=0.1, spread=4.0)
+    drawn: list[float] = []
+    for _ in range(20):
+        stage.optimizer.zero_grad()
+        stage.backward(learned(), auxiliary())
+        drawn.append(stage.diagnostics()["perturbation_norm"])
+    assert 0.025 <= min(drawn) < 0.06
+    assert 0.16 < max(drawn) <= 0.4 * (1 + 1e-5)
+    stage.optimizer.zero_grad()
+    stage.backward(learned(), auxiliary())
+    assert agree(grads(model), booster_oracle(model, 5.0, stage.optimizer.alpha))
 
 
 def test_booster_vaccine_is_vaccine_plus_the_regulariser(model: Any) -> None:

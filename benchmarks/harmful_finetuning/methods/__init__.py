@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harmful_finetuning.methods.booster import Booster
 from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld
+from benchmarks.harmful_finetuning.methods.booster_mixture import BoosterMixture
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine
 from benchmarks.harmful_finetuning.methods.lisa import Lisa
 from benchmarks.harmful_finetuning.methods.random_direction import RandomDirection
@@ -68,6 +69,11 @@ METHODS: dict[str, Method] = {
     "booster_recommended": _booster(
         "Booster, recommended",
         Booster,
+        values={"norm": "tensor", "lam": 10.0, "alpha": 0.2, "warmup": 500, "delay": 250},
+    ),
+    "booster_mixture": _booster(
+        "Booster, lengths mixed",
+        BoosterMixture,
         values={"norm": "tensor", "lam": 10.0, "alpha": 0.2, "warmup": 500, "delay": 250},
     ),
     "booster_vaccine": _booster("Booster + Vaccine", BoosterVaccine, f"{BOOSTER}; {VACCINE}"),
