@@ -130,11 +130,12 @@ def perturb_(
         s = sizes.to(live[0].device, torch.float32 if narrow else live[0].dtype, non_blocking=True)
         parts = s.expand(len(params)).unbind()
         each = [parts[i] for i in indices]
-        g = [grads[i].to(s.dtype) if grads[i].dtype is not s.dtype else grads[i] for i in indices]
         if narrow:
-            for p, at, g_i, s_i in zip(live, w, g, each, strict=True):
-                p.copy_(torch.addcmul(at.float(), g_i, s_i, value=-1))
-        elif sizes.ndim or live[0].device.type == "cpu":
+            for p, at, i, s_i in zip(live, w, indices, each, strict=True):
+                p.copy_(torch.addcmul(at.float(), grads[i].to(s.dtype), s_i, value=-1))
+            continue
+        g = [grads[i].to(s.dtype) if grads[i].dtype is not s.dtype else grads[i] for i in indices]
+        if sizes.ndim or live[0].device.type == "cpu":
             torch._foreach_addcmul_(live, g, each, -1)
         else:  # three launches, where the line above would make one for each tensor
             torch._foreach_copy_(live, g)
