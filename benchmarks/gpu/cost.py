@@ -133,7 +133,7 @@ def weights_of(case: Case) -> tuple[int, int]:
     shared = width // heads * groups
     block = 2 * width * width + 2 * width * shared + 3 * width * within
     tied = case.size in ("135M", "1B")
-    whole = layers * block + vocabulary * width * (1 if tied else 2)
+    whole = layers * block + (2 * layers + 1) * width + vocabulary * width * (1 if tied else 2)
     adapters = layers * 32 * ((width + width) + 2 * (width + shared))
     return (whole + adapters, adapters) if case.adapters else (whole, whole)
 

@@ -22,6 +22,9 @@ from benchmarks.gpu import __main__, check, cost, jobs
 from benchmarks.gpu.jobs import Job, Keep, Record, Skipped
 from torch_booster import optimizer
 
+# PEFT asks transformers for a name that is going away.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "benchmarks" / "gpu"
 ABSENT = "the examples extra is absent"
