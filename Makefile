@@ -99,7 +99,8 @@ bench-step: $(INSTALLED)  ## Measure what a step costs beside its passes, agains
 wheels: $(INSTALLED)  ## Build the wheels that a machine with torch and no registry lacks (benchmarks/gpu)
 	rm -rf build/wheels
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
-		--wheel-dir build/wheels . tyro docstring-parser typeguard pytorch_optimizer
+		--wheel-dir build/wheels . pytorch_optimizer \
+		tyro docstring-parser typeguard optuna colorlog
 
 clean:  ## Remove the environments and what tools left
 	rm -rf $(VENV) $(VENV)-peers $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

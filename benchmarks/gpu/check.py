@@ -58,8 +58,13 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 16) to (batch, 8)."""
-        hidden = self.norm(torch.tanh(self.inner(x.to(self.inner.weight.device))))
-        return self.outer(self.dropout(hidden).to(self.outer.weight.device))
+        hidden = torch.tanh(_where(self.inner, x))
+        return _where(self.outer, self.dropout(_where(self.norm, hidden)))
+
+
+def _where(layer: nn.Module, x: Tensor) -> Tensor:
+    """Through a layer, on its device."""
+    return layer(x.to(next(layer.parameters()).device))
 
 
 class Training:

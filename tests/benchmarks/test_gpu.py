@@ -58,7 +58,7 @@ def test_costs_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     passes = {"floor": 3, "booster": 3, "booster, staged": 3, "reference way": 3}
     for job in record["jobs"]:
         found = job["contestants"]
-        assert {*found, *job["absent"]} == {*cost.RIVALS}
+        assert {*found} | {*job["absent"]} == {*cost.RIVALS}
         assert all(len(entry["seconds"]) == cost.FEWEST for entry in found.values())
         assert {name: found[name]["passes"] for name in passes} == passes
         assert all(found[name]["seconds_between"] > 0 for name in cost.LOOKED_INTO)
