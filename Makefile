@@ -15,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-examples test-benchmarks test-docs test-peers test-deepspeed \
-	test-reliability 	check package format docs check-site bench-quick bench-step clean
+	test-reliability 	check package format docs check-site bench-quick bench-step wheels clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -95,6 +95,12 @@ bench-quick: $(INSTALLED)  ## Run every experiment of the benchmark at toy size:
 
 bench-step: $(INSTALLED)  ## Measure what a step costs beside its passes, against rivals
 	$(BIN)/python benchmarks/step_cost.py --output build/step_cost.json
+
+wheels: $(INSTALLED)  ## Build the wheels that a machine with torch and no registry lacks (benchmarks/gpu)
+	rm -rf build/wheels
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		--wheel-dir build/wheels . pytorch_optimizer \
+		tyro docstring-parser typeguard optuna colorlog
 
 clean:  ## Remove the environments and what tools left
 	rm -rf $(VENV) $(VENV)-peers $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -214,10 +214,10 @@ def floor(problem: Problem) -> Closure:
     return step
 
 
-def booster(problem: Problem) -> Closure:
+def booster(problem: Problem, **options: Any) -> Closure:
     """`BoosterOptimizer` in one call."""
     optimizer = BoosterOptimizer(
-        problem.optimizer(problem.parameters()), LAM, ALPHA, self_check=False
+        problem.optimizer(problem.parameters()), LAM, ALPHA, self_check=False, **options
     )
 
     def step() -> Tensor:
@@ -285,6 +285,7 @@ def sam(problem: Problem) -> Closure | None:
     built = problem.optimizer(problem.parameters())
     options = {k: v for k, v in built.defaults.items() if k in ("lr", "fused")}
     optimizer = SAM(problem.parameters(), type(built), rho=ALPHA, **options)
+    optimizer.base_optimizer.state = built.state  # which the contestants of a problem may share
 
     def again() -> Tensor:
         optimizer.zero_grad()

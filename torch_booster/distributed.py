@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_booster.functional import copying
+from torch_booster.functional import copying, moved_to
 
 __all__ = ["copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
 
@@ -89,7 +89,7 @@ def tensor_norms(
     present = [n for n in norms if n is not None] or [torch.zeros(())]
     device, dtype = present[0].device, max((n.dtype for n in present), key=lambda d: d.itemsize)
     zero = torch.zeros((), device=device, dtype=dtype)
-    on_device = [zero if n is None else n.to(device, dtype, non_blocking=True) for n in norms]
+    on_device = [zero if n is None else moved_to(n, device, dtype) for n in norms]
     for groups, indices in alike.items():
         if groups:
             squares = torch.stack([on_device[i] for i in indices]).square()

@@ -1,8 +1,8 @@
 """Multi-tensor arithmetic of the Booster step: how far to go, perturb, restore, measure.
 
 Everything works in place on plain (local) tensors, keeps the storage of the weights, takes scales
-as tensors on the device, and so never waits for an accelerator. Mixed devices and dtypes are
-sorted into multi-tensor calls of one kind.
+as tensors on the device, and so never waits for an accelerator, unless some of the weights are on
+the CPU. Mixed devices and dtypes are sorted into multi-tensor calls of one kind.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "filled",
     "lam_at",
     "moved_fraction",
+    "moved_to",
     "norms",
     "perturb_",
     "scale_",
@@ -127,14 +128,15 @@ def perturb_(
     """
     for indices, (live, w) in _alike(params, weights):
         narrow = live[0].dtype.itemsize < 4
-        s = sizes.to(live[0].device, torch.float32 if narrow else live[0].dtype, non_blocking=True)
+        s = moved_to(sizes, live[0].device, torch.float32 if narrow else live[0].dtype)
         parts = s.expand(len(params)).unbind()
         each = [parts[i] for i in indices]
-        g = [grads[i].to(s.dtype) if grads[i].dtype is not s.dtype else grads[i] for i in indices]
         if narrow:
-            for p, at, g_i, s_i in zip(live, w, g, each, strict=True):
-                p.copy_(torch.addcmul(at.float(), g_i, s_i, value=-1))
-        elif sizes.ndim or live[0].device.type == "cpu":
+            for p, at, i, s_i in zip(live, w, indices, each, strict=True):
+                p.copy_(torch.addcmul(at.float(), grads[i].to(s.dtype), s_i, value=-1))
+            continue
+        g = [grads[i].to(s.dtype) if grads[i].dtype is not s.dtype else grads[i] for i in indices]
+        if sizes.ndim or live[0].device.type == "cpu":
             torch._foreach_addcmul_(live, g, each, -1)
         else:  # three launches, where the line above would make one for each tensor
             torch._foreach_copy_(live, g)
@@ -213,6 +215,14 @@ def moved_fraction(
             wanted += int(pushed.sum())
             moved += int(((p != w) & pushed).sum())
     return (moved / wanted, narrow) if narrow is not None and wanted else None
+
+
+def moved_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor in another place and dtype; waits only for what the CPU is about to read.
+
+    Without waiting a copy from an accelerator to the CPU holds garbage until it has arrived.
+    """
+    return tensor.to(device, dtype, non_blocking=device.type != "cpu")
 
 
 def filled(pattern: Sequence[object], values: Iterable[Tensor]) -> list[Tensor | None]:

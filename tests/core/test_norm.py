@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tests.optimizers import make
 from tests.problems import MODELS, make_problem
 from tests.reference import booster_gradient
 from torch_booster import BoosterOptimizer
 from torch_booster.distributed import tensor_norms
+from torch_booster.functional import perturb_, step_sizes
 
 shapes = st.lists(
     st.lists(st.integers(1, 5), min_size=0, max_size=3).map(tuple), min_size=1, max_size=6
@@ -208,3 +211,33 @@ def test_another_norm_is_refused(norm: object) -> None:
     with pytest.raises(ValueError, match='Pass "global" or "tensor"'):
         BoosterOptimizer(base, norm=norm)  # type: ignore[arg-type]
     assert "booster_lam" not in base.param_groups[0]
+
+
+class Moves(TorchFunctionMode):
+    """Notes to where tensors are moved, and whether without waiting."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, bool]] = set()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], torch.device):
+            self.seen.add((args[1].type, bool(kwargs.get("non_blocking"))))
+        return func(*args, **kwargs)
+
+
+def test_what_the_cpu_reads_has_arrived() -> None:
+    """A copy from an accelerator that is not waited for holds garbage at first."""
+    with Moves() as moves:
+        for device in ("cpu", "meta"):
+            lengths = tensor_norms([torch.ones((), device=device)] * 2, [torch.ones(1)] * 2)
+            weights = [torch.ones(3, device=device) for _ in range(2)]
+            sizes = step_sizes(lengths, [0.1, 0.1], "global", 1e-7)
+            perturb_(weights, [w.clone() for w in weights], [w.clone() for w in weights], sizes)
+    assert moves.seen == {("cpu", False), ("meta", True)}
