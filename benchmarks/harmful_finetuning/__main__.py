@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks.harmful_finetuning import landscape, page, results, runs, search, system, tables
+from benchmarks.harmful_finetuning import landscape, page, results, runs, system, tables
 from benchmarks.harmful_finetuning.experiments import (
     CANDIDATES,
     EXPERIMENTS,
@@ -328,6 +328,8 @@ def _measure(command: Any, argv: list[str], console: Console) -> int:
         found = results.merged(found, "tuning", rows)
         console.out(tables.tuning(found, settings.trained))
     elif isinstance(command, Search):
+        from benchmarks.harmful_finetuning import search  # optuna, which no other command needs
+
         settings = changed(settings, {"attack.p": 0.2})
         wanted = [runs.run_of(m, seed, settings) for seed in command.seeds for m in command.methods]
         tried = _with_progress(
