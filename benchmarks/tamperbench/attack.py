@@ -10,6 +10,7 @@ section 5.1); the question around a review is this project's own.
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from benchmarks.harmful_finetuning.files import (
 from benchmarks.harmful_finetuning.language import Example
 from benchmarks.harmful_finetuning.methods.sft import SFT
 from benchmarks.harmful_finetuning.models import adapted, load_model, load_tokenizer
-from benchmarks.harmful_finetuning.runs import written_whole
 from benchmarks.harmful_finetuning.settings import Settings, changed
 from benchmarks.harmful_finetuning.tokens import batches
 from benchmarks.harmful_finetuning.training import make_optimizer, train
@@ -127,10 +127,14 @@ def attacked(config: Sst2BeaverTailsConfig, output: str) -> None:
 
     samples = batches(user, tokenizer, settings, seed)
     train(SFT(model, optimizer), samples, iter(()), own.steps, config.max_grad_norm, tell)
-    with written_whole(Path(output)) as unfinished:
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=target.parent) as place:
+        unfinished = Path(place) / target.name
         merged = model.merge_and_unload() if config.use_lora else model
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        unfinished.replace(target)  # which TamperBench takes for a sign that it is done
 
 
 def settings_of(config: Sst2BeaverTailsConfig, template: str) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,6 @@ from transformers import AutoTokenizer
 from benchmarks.harmful_finetuning.keys import LIBRARIES
 from benchmarks.harmful_finetuning.loading import loading, read_json
 from benchmarks.harmful_finetuning.models import model_of, tokenizer_of, with_end
-from benchmarks.harmful_finetuning.runs import written_whole
 from benchmarks.tamperbench import card
 from benchmarks.tamperbench.card import Alignment
 
@@ -64,7 +64,9 @@ def export(model: Path, output: Path, alignment: Alignment) -> float:
     if adapter:
         with loading(model):
             aligned = aligned.merge_and_unload(safe_merge=True)
-    with written_whole(output) as unfinished:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=output.parent) as place:
+        unfinished = Path(place) / output.name
         aligned.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         dtype: torch.dtype = aligned.dtype
@@ -82,6 +84,7 @@ def export(model: Path, output: Path, alignment: Alignment) -> float:
         words = card.text(output.name, alignment, checked, versions)
         (unfinished / "README.md").write_text(words, encoding="utf-8")
         (unfinished / FACTS).write_text(json.dumps(card.facts(alignment)) + "\n")
+        unfinished.replace(output)
     return difference
 
 

@@ -427,6 +427,8 @@ def test_the_defense_aligns_as_the_benchmark_does(
     words = (path / "README.md").read_text()
     assert f"**{method.label}**" in words
     assert ("| λ |" in words) == (name != "sft")
+    assert "pairs.json, at most 5000 rows" in words
+    assert str(tmp_path) not in words
     # A second call keeps it, and one of other settings does not take it for its own.
     stamp = (path / "model.safetensors").stat().st_mtime_ns
     assert defense.run_defense() == path
