@@ -162,7 +162,7 @@ def test_the_card_of_another_model_says_what_the_flags_say(
     assert "some set" in words
     assert r'"\nA: "' in words
     assert "Not known: no record" in words
-    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     capsys.readouterr()
     assert main("export", base, "--output", tmp_path / "untold") == 0
     assert "nothing was told" in capsys.readouterr().out
