@@ -242,7 +242,8 @@ def text(name: str, alignment: Alignment, checked: str, versions: Mapping[str, s
         "\n".join(["---", *head, "---"]),
         f"# {name}",
         f"Aligned with **{method}**{paper}, and merged into one checkpoint for evaluation. A model "
-        "for research on harmful fine-tuning, not for use.",
+        "for research on harmful fine-tuning, not for use. Its base and its data have licences of "
+        "their own, which go on to hold.",
         "## How it was aligned",
         _table(["", "", "value"], list(_rows(alignment))),
         f"**Data**, not in this folder: {alignment.data or 'not told'}.",
