@@ -1,0 +1,1 @@
+"""Aligned models for TamperBench: an export, a defense of its registry, and an attack."""

@@ -1,0 +1,1 @@
+"""Attacks register where they are imported."""

@@ -1,0 +1,1 @@
+"""Defenses register where they are imported."""
