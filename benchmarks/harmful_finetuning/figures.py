@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
@@ -20,25 +20,39 @@ from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.results import Tables, frame
 from benchmarks.harmful_finetuning.tables import Answers
 
-COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart, and one of Tol's
-    "sft": "#d55e00",
-    "lisa": "#009e73",
-    "repnoise": "#cc79a7",
-    "vaccine": "#e69f00",
-    "booster": "#0072b2",
-    "booster_warmed": "#332288",
-    "booster_recommended": "#000000",
+
+class Look(NamedTuple):
+    """How a method's line is told apart."""
+
+    colour: str  # of Okabe and Ito's, which the colour-blind can tell apart, and one of Tol's
+    marker: str
+    dashes: tuple[float, ...]
+
+
+LOOKS = {
+    "sft": Look("#d55e00", "o", (1, 0)),
+    "lisa": Look("#009e73", "X", (4, 1.5)),
+    "repnoise": Look("#cc79a7", "s", (1, 1)),
+    "vaccine": Look("#e69f00", "P", (3, 1.25, 1.5, 1.25)),
+    "booster": Look("#0072b2", "D", (5, 1, 1, 1)),
+    "booster_warmed": Look("#332288", "v", (3, 1.25, 1.25, 1.25, 1.25, 1.25)),
+    "booster_recommended": Look("#000000", "^", (4, 1, 4, 1, 1, 1)),
 }
-LABELS = {METHODS[method].label: colour for method, colour in COLOURS.items()}
-STYLE: dict[str, Any] = dict(  # noqa: C408, as keywords
-    hue="method",
-    hue_order=list(LABELS),
-    palette=LABELS,
-    style="method",
-    style_order=list(LABELS),
-    markers=True,
-    dashes=True,
-)
+LABELS = {METHODS[method].label: look for method, look in LOOKS.items()}
+
+
+def _style(runs: pd.DataFrame) -> dict[str, Any]:
+    """The looks of the methods that are shown."""
+    shown = {label: look for label, look in LABELS.items() if label in set(runs["method"])}
+    return {
+        "hue": "method",
+        "hue_order": list(shown),
+        "palette": {label: look.colour for label, look in shown.items()},
+        "style": "method",
+        "style_order": list(shown),
+        "markers": {label: look.marker for label, look in shown.items()},
+        "dashes": {label: look.dashes for label, look in shown.items()},
+    }
 
 
 @contextmanager
@@ -77,7 +91,7 @@ def _bases(runs: pd.DataFrame) -> str:
 
 
 def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
-    names = {method: METHODS[method].label for method in COLOURS}
+    names = {method: METHODS[method].label for method in LOOKS}
     return runs.assign(method=runs["method"].map(names)).dropna(subset="method")
 
 
@@ -95,7 +109,7 @@ def under_attack(tables: Tables) -> Figure:
         errorbar=("pi", 100),
         err_kws={"alpha": 0.08},
         ax=axes,
-        **STYLE,
+        **_style(runs),
     )
     axes.axhline(50, color="#555555", linewidth=0.8)
     axes.text(axes.get_xlim()[1], 51.5, "broken ", ha="right", fontsize="small", color="#555555")
@@ -120,7 +134,7 @@ def over_p(tables: Tables) -> Figure:
             err_style="bars",
             seed=0,
             ax=axes,
-            **STYLE,
+            **_style(runs),
         )
         axes.set(title=title, xlabel="p, harmful fraction of the user's data")
         axes.set_xticks(sorted(set(runs["value"])))
@@ -141,12 +155,13 @@ def breaks(tables: Tables) -> Figure:
     figure = _figure(8.5, 3.6, f"dot: one base; line: median of {_bases(runs)}")
     axes = figure.subplots()
     points = pd.DataFrame(rows)
+    order = [label for label in LABELS if label in set(points["method"])]
     middle = points.groupby("method", as_index=False)["step"].median()
     sns.stripplot(
         data=middle,
         x="step",
         y="method",
-        order=list(LABELS),
+        order=order,
         marker="|",
         size=26,
         linewidth=2,
@@ -158,10 +173,10 @@ def breaks(tables: Tables) -> Figure:
         data=points,
         x="step",
         y="method",
-        order=list(LABELS),
+        order=order,
         hue="method",
-        hue_order=list(LABELS),
-        palette=LABELS,
+        hue_order=order,
+        palette={label: LABELS[label].colour for label in order},
         size=7,
         jitter=False,
         alpha=0.75,

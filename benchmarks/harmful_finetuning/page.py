@@ -190,6 +190,25 @@ class Page(NamedTuple):
         found = answers(self.tables, name, trained)
         return found.delay(method, found.values[0]).rpartition("worst ")[2]
 
+    def _ratios(self, name: str, trained: str, methods: list[str]) -> list[list[float]]:
+        """Steps to the break, times SFT's, of each method by base."""
+        found = answers(self.tables, name, trained)
+        (value,) = found.values
+        steps = {m: found.by_seed(m, [value], "break") for m in ("sft", *methods)}
+        return [[steps[m][seed] / steps["sft"][seed] for seed in found.seeds] for m in methods]
+
+    def ahead(self, name: str, trained: str, method: str, rival: str) -> str:
+        """On how many bases a method breaks later than a rival."""
+        mine, its = self._ratios(name, trained, [method, rival])
+        later = sum(a > b for a, b in zip(mine, its, strict=True))
+        return f"{later} of {len(mine)}"
+
+    def gain(self, name: str, trained: str, method: str, rival: str) -> str:
+        """By how much later a method breaks than a rival, paired by base, times SFT's steps."""
+        mine, its = self._ratios(name, trained, [method, rival])
+        found = estimate(a - b for a, b in zip(mine, its, strict=True))
+        return found.show(1) if found else MISSING
+
     def seeds(self, name: str, trained: str) -> str:
         """How many bases an experiment has."""
         return str(len(answers(self.tables, name, trained).seeds))
