@@ -184,7 +184,8 @@ def _parsed(argv: list[str]) -> Any:
             trained = words.get("--trained", extra[extra.index("--trained") + 1])
         # What was tuned comes in later: a table that is not empty would fix its keys.
         settings = changed(preset(name if name in PRESETS else "small", trained), {"given": {}})
-        if {"--data.root", "--data.beavertails", "--data.harmful.set", "--base.model"} & {*words}:
+        other = {"--data.root", "--data.beavertails", "--data.harmful.set", "--base.model"}
+        if other & {*words} and settings.data.real != "paper":
             settings = changed(settings, {"data.kind_samples": 0})  # which have no answers there
         chosen = {"settings": settings}
         own = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))

@@ -36,6 +36,7 @@ SCORES = {  # score: (its name, decimals)
     "finetune_accuracy": ("Finetune accuracy ↑, %", 1),
     "over_refusal": ("Over-refusal ↓, %", 1),
     "harmful_loss": ("Harmful loss, nats", 2),
+    "perplexity": ("Perplexity of people's answers ↓", 1),
 }
 EXPERIMENT = ["round", "experiment", "trained"]
 KEYS: dict[str, list[str]] = {  # of each table: what tells its rows apart
@@ -167,6 +168,8 @@ def _rows(record: Record) -> dict[str, list[dict[str, Any]]]:
         for when, stage in (("before", "aligned"), ("after", "attacked"))
         for score, value in record[stage].items()
     }
+    if not record.get("templated", True):  # what models say to real requests is not published
+        record = record | {"aligned_answers": [], "answers": []}
     answers = {digest(a)[:6]: a for k in ("aligned_answers", "answers") for a in record[k]}
     names = {json.dumps(a): name for name, a in answers.items()}
 
