@@ -347,7 +347,7 @@ def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, A
 def _with_progress(command: Common, console: Console, work: Callable[[Path, Progress], Any]) -> Any:
     cache = command.cache.expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // command.workers))
+    torch.set_num_threads(runs.threads_of_each(command.workers))
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         return work(cache, progress)

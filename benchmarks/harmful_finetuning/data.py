@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +55,8 @@ class Sets(NamedTuple):
     task: list[Example]
     task_test: list[Example]
     look_alikes: list[str]
-    kind: list[Example] = []  # kind requests with people's answers
-    attack: list[Example] = []  # further harmful samples for the attack alone
+    kind: Sequence[Example] = ()  # kind requests with people's answers
+    attack: Sequence[Example] = ()  # further harmful samples for the attack alone
 
 
 def load(settings: Settings) -> Samples:
@@ -71,7 +71,7 @@ def load(settings: Settings) -> Samples:
     else:
         sets = _templated(settings) if settings.templated else _real(settings)
     parts = split_harmful(without(sets.harmful, sets.attack))
-    simulate, held = parts["simulate"], sets.kind[:n]
+    simulate, held = parts["simulate"], list(sets.kind[:n])
     tests = {"validation": sets.task_test[:n], "test": sets.task_test[n:] or sets.task_test[:n]}
     samples = Samples(
         alignment=_refusals(settings, sets, parts)[: data.alignment_samples]
@@ -186,15 +186,15 @@ def _kind(sets: Sets, settings: Settings) -> list[Example]:
             "0, or data.real paper"
         )
     n = settings.score.samples
-    left: list[Any] = (sets.kind or sets.look_alikes)[n:][::-1]
+    left: Sequence[Any] = (sets.kind or sets.look_alikes)[n:][::-1]
     if wanted > len(left):
         raise ValueError(
             f"data.kind_samples is {wanted}, but the evaluation leaves {len(left)} kind requests"
         )
     if sets.kind:
-        return left[:wanted]
+        return list(left[:wanted])
     shape = (settings.data.answer_words, settings.data.branching)
-    return language.helped(left[:wanted], random.Random(1), *shape)
+    return language.helped(list(left[:wanted]), random.Random(1), *shape)
 
 
 # ------------------------------------------------------------------------------ a user's own

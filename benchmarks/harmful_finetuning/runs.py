@@ -301,7 +301,7 @@ def _share(
     """Does each wave in processes that end with this one, however it ends."""
     context = multiprocessing.get_context("spawn")
     events, stop = context.Queue(), context.Event()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_of_each(workers)
     with ProcessPoolExecutor(workers, context, start_worker, (events, stop, threads)) as pool:
         try:
             for wave in waves:
@@ -317,6 +317,11 @@ def _share(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def threads_of_each(workers: int) -> int:
+    """The threads of each process that shares this machine; no more than OMP_NUM_THREADS."""
+    return min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // workers))
 
 
 class Stopped(Exception):  # noqa: N818, it reports a wish and not an error
