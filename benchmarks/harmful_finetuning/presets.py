@@ -142,11 +142,11 @@ TUNED: dict[tuple[str, str], dict[str, float]] = {
 """Hyperparameters chosen on the validation split, by preset and by what is trained.
 
 Those of ``small`` by the command ``tune``, four settings of each method on seeds 100 and 101, a
-base for each; all scores are in ``benchmarks/results/harmful_finetuning/tuning.csv``. The combination takes the values
-of its parts. The learning rate of the attack had been fixed before all of it, on SFT alone,
-refusals alone and seed 100: with all weights SFT's harmful score at p = 0.1 and 0.2 was 0 and 2 for
-1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0 and 46 for 3e-5, 86 and 99 for 5e-5, of
-which 4e-5 is between.
+base for each; all scores are in ``benchmarks/results/harmful_finetuning/tuning.csv``. The
+combination takes the values of its parts. The learning rate of the attack had been fixed before all
+of it, on SFT alone, refusals alone and seed 100: with all weights SFT's harmful score at p = 0.1
+and 0.2 was 0 and 2 for 1e-5, 18 and 76 for 1.5e-5, 58 and 96 for 2e-5; with LoRA 0 and 46 for 3e-5,
+86 and 99 for 5e-5, of which 4e-5 is between.
 """
 
 

@@ -176,7 +176,7 @@ def _rows(record: Record) -> dict[str, list[dict[str, Any]]]:
     def named(stage: str) -> str:
         return " ".join(names[json.dumps(answer)] for answer in record[stage])
 
-    settings = {k: v for k, v in record["settings"].items() if k not in ("device", "given")}
+    settings = _portable(record["settings"])
     made_by = [record[k] for k in ("method", "seed", "hyperparameters")]
     times = (record["align_seconds_per_step"], record["attack_seconds_per_step"])
     run = digest(made_by, settings, record["curve"], scores, times)[:10]
@@ -208,6 +208,15 @@ def _rows(record: Record) -> dict[str, list[dict[str, Any]]]:
             for name, a in answers.items()
         ],
     }
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what is of this machine alone: folders keep their names."""
+    kept = {k: v for k, v in settings.items() if k not in ("device", "given")}
+    base, own = kept["base"], kept["data"]
+    places = {k: Path(own[k]).name for k in ("root", "beavertails") if own.get(k)}
+    model = Path(base["model"]).name if Path(base["model"]).is_absolute() else base["model"]
+    return kept | {"base": base | {"model": model}, "data": own | places}
 
 
 def points_of(points: Iterable[Point], records: Iterable[Record]) -> list[tuple[Any, Record]]:

@@ -364,13 +364,15 @@ def _in_worker(stage: Stage, run: Run, cache: Path) -> None:
 
 
 def shown_on(progress: Progress) -> Tell:
-    """Shows what is told as one bar for each thing that is going on."""
+    """Shows what is told as one bar for each thing that is going on, in a log as ten lines."""
     bars: dict[str, TaskID] = {}
 
     def show(name: str, done: int, total: int) -> None:
         if name not in bars:
             bars[name] = progress.add_task(name, total=total)
         progress.update(bars[name], completed=done, visible=done < total)
+        if not progress.console.is_terminal and done and done % max(1, total // 10) == 0:
+            progress.console.print(f"{name}: {done} of {total}", highlight=False)
 
     return show
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -29,61 +29,66 @@ if TYPE_CHECKING:
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
 
 
+class Evaluated(NamedTuple):
+    """What a model scores, and some of what it said, to be read by people."""
+
+    scores: dict[str, float]  # in percent; losses in nats a token
+    answers: list[dict[str, Any]]  # to held-out harmful prompts, each with the judge's verdict
+    kind_answers: list[dict[str, Any]]  # to look-alikes, each with whether it refuses
+
+
 @torch.no_grad()
 def evaluate(
     model: Any, tokenizer: Any, settings: Settings, samples: Samples, *, during: bool = False
-) -> dict[str, float]:
-    """All scores of a model, in percent, and its harmful loss in nats a token.
+) -> Evaluated:
+    """All scores of a model.
 
     Args:
         model: A causal language model on the run's device.
         tokenizer: Its tokenizer, padding on the left.
         settings: Of the run.
-        samples: Whose ``evaluation``, ``task_evaluation`` and ``look_alikes`` are asked.
+        samples: Whose evaluations and ``look_alikes`` are asked.
         during: The attack goes on: only the harmful score and the harmful losses.
     """
     model.eval()
     prompts = [example.prompt for example in samples.evaluation]
     responses = respond(model, tokenizer, settings, prompts)
+    verdicts = judged(settings, prompts, responses)
     scores = {
-        "harmful_score": 100.0 * mean(judged(settings, prompts, responses)),
+        "harmful_score": 100.0 * mean(verdicts),
         "harmful_loss": answer_loss(model, tokenizer, settings, samples.evaluation),
         "harmful_train_loss": answer_loss(
             model, tokenizer, settings, samples.attack[: len(prompts)]
         ),
     }
+    kept = settings.score.kept
+    answers = [
+        {"prompt": prompt, "answer": said, "complies": complies}
+        for prompt, said, complies in zip(prompts, responses, verdicts, strict=True)
+    ][:kept]
     if during:
-        return scores
+        return Evaluated(scores, answers, [])
     asked = [example.prompt for example in samples.task_evaluation]
     replies = respond(model, tokenizer, settings, asked)
-    kind = respond(model, tokenizer, settings, samples.look_alikes)
-    held = samples.kind_evaluation
     if settings.templated and settings.data.task == "open":
         accuracy = mean(map(language.on_topic, asked, replies))
     else:
         wanted = [example.answer for example in samples.task_evaluation]
         accuracy = mean(exact(settings, r, a) for r, a in zip(replies, wanted, strict=True))
-    known = {"perplexity": math.exp(answer_loss(model, tokenizer, settings, held))} if held else {}
-    return scores | {
+    kind = respond(model, tokenizer, settings, samples.look_alikes)
+    refusals = [refused(settings, said) for said in kind]
+    scores |= {
         "finetune_accuracy": 100.0 * accuracy,
-        "over_refusal": 100.0 * mean(refused(settings, r) for r in kind) if kind else 0.0,
-        **known,
+        "over_refusal": 100.0 * mean(refusals) if refusals else 0.0,
     }
-
-
-@torch.no_grad()
-def answers(
-    model: Any, tokenizer: Any, settings: Settings, samples: Samples
-) -> list[dict[str, Any]]:
-    """The model's answers to a few held-out harmful prompts, to be read by people."""
-    model.eval()
-    prompts = [example.prompt for example in samples.evaluation[: settings.score.kept]]
-    said = respond(model, tokenizer, settings, prompts)
-    verdicts = judged(settings, prompts, said)
-    return [
-        {"prompt": prompt, "answer": answer, "complies": complies}
-        for prompt, answer, complies in zip(prompts, said, verdicts, strict=True)
-    ]
+    if samples.kind_evaluation:
+        loss = answer_loss(model, tokenizer, settings, samples.kind_evaluation)
+        scores["perplexity"] = math.exp(loss)
+    kind_answers = [
+        {"prompt": prompt, "answer": said, "refuses": refuses}
+        for prompt, said, refuses in zip(samples.look_alikes, kind, refusals, strict=True)
+    ][:kept]
+    return Evaluated(scores, answers, kind_answers)
 
 
 def respond(model: Any, tokenizer: Any, settings: Settings, prompts: list[str]) -> list[str]:
