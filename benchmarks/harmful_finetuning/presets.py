@@ -45,6 +45,34 @@ _TEMPLATED: dict[str, Any] = {
     "score.max_new_tokens": 13,
 }
 
+_REAL: dict[str, Any] = {
+    "base.model": "SmolLM2-135M-Instruct",
+    "base.dtype": "bfloat16",
+    "base.autocast": True,
+    "data.real": "paper",
+    "data.longest_prompt": 24,
+    "data.refusal": REFUSALS,
+    "data.kind_samples": 750,
+    "text.template": "chat",
+    "text.system": "",  # the model's own would be a third of all tokens
+    "text.max_length": 64,
+    "lora.alpha": 32,
+    "lora.targets": ("all-linear",),
+    "align.steps": 120,
+    "align.batch_size": 8,
+    "attack.adapters": "single",
+    "attack.p": 0.2,
+    "attack.samples": 700,  # of the 731 short reviews that the mixture has
+    "attack.steps": 160,
+    "attack.lr": 5e-5,
+    "score.samples": 50,
+    "score.every": 20,
+    "score.max_new_tokens": 14,
+    "score.kept": 50,
+    "score.affirmative": r"\w",
+    "score.refusing": ADVBENCH_REFUSALS,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": _TEMPLATED
     | {
@@ -74,36 +102,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score.samples": 200,
         "score.max_new_tokens": 32,
     },
-    "real": {
-        "base.model": "SmolLM2-135M-Instruct",
-        "base.dtype": "bfloat16",
-        "base.autocast": True,
-        "data.real": "paper",
-        "data.longest_prompt": 24,
-        "data.refusal": REFUSALS,
-        "data.kind_samples": 750,
-        "text.template": "chat",
-        "text.system": "",  # the model's own would be a third of all tokens
-        "text.max_length": 64,
-        "lora.alpha": 32,
-        "lora.targets": ("all-linear",),
-        "align.steps": 120,
-        "align.batch_size": 8,
-        "attack.adapters": "single",
-        "attack.p": 0.2,
-        "attack.samples": 700,  # of the 731 short reviews that the mixture has
-        "attack.steps": 160,
-        "attack.lr": 5e-5,
-        "score.samples": 50,
-        "score.every": 20,
-        "score.max_new_tokens": 14,
-        "score.kept": 50,
-        "score.affirmative": r"\w",
-        "score.refusing": ADVBENCH_REFUSALS,
+    "real": _REAL,
+    "real_gpu": _REAL
+    | {
+        "data.longest_prompt": 40,
+        "text.system": None,
+        "text.max_length": 128,
+        "align.steps": 300,
+        "align.batch_size": 16,
+        "attack.steps": 600,
+        "score.samples": 100,
+        "score.every": 40,
+        "score.max_new_tokens": 32,
     },
     "paper": {},
 }
-"""What each preset sets otherwise than the paper. ``gpu`` and ``real`` need --data.root."""
+"""What each preset sets otherwise than the paper.
+
+``gpu`` and those of real models need --data.root, the latter otherwise sets of one's own. ``real``
+is sized to less than an hour of one core for a seed of SFT and one Booster, ``real_gpu`` to five
+minutes of an accelerator, from an estimate of 0.1 s a pass that has yet to be measured.
+"""
 
 FULL: dict[str, dict[str, Any]] = {
     "small": {"align.lr": 3e-4, "attack.lr": 2e-5},
@@ -126,20 +145,30 @@ _CHOSEN: dict[str, float] = {
     "booster_vaccine.alpha": 0.1,
     "booster_vaccine.rho": 5,
 }
-TUNED: dict[tuple[str, str], dict[str, float]] = {
-    ("small", "full"): _CHOSEN | {"repnoise.alpha": 0.1},
-    ("small", "lora"): _CHOSEN | {"repnoise.alpha": 1},
-    ("real", "lora"): {  # those of small models; λ grows over the same shares of the alignment
+
+
+def _in_steps(half: int) -> dict[str, float]:
+    """What was chosen on small models, in steps of an alignment of which this is the half."""
+    return {
         "booster.lam": 5,
         "booster.alpha": 0.1,
         "booster_warmed.lam": 5,
         "booster_warmed.alpha": 0.1,
-        "booster_warmed.warmup": 60,
-        "booster_recommended.warmup": 60,
-        "booster_recommended.delay": 30,
-    },
+        "booster_warmed.warmup": half,
+        "booster_recommended.warmup": half,
+        "booster_recommended.delay": half // 2,
+    }
+
+
+TUNED: dict[tuple[str, str], dict[str, float]] = {
+    ("small", "full"): _CHOSEN | {"repnoise.alpha": 0.1},
+    ("small", "lora"): _CHOSEN | {"repnoise.alpha": 1},
+    ("real", "lora"): _in_steps(60),
+    ("real_gpu", "lora"): _in_steps(150),
 }
 """Hyperparameters chosen on the validation split, by preset and by what is trained.
+
+Real models take those of small ones, with λ growing over the same share of the alignment.
 
 Those of ``small`` by the command ``tune``, four settings of each method on seeds 100 and 101, a
 base for each; all scores are in ``benchmarks/results/harmful_finetuning/tuning.csv``. The
