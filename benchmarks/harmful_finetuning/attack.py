@@ -78,6 +78,7 @@ def attack(
     alignment = read_json(aligned / "alignment.json")
     return {
         "alignment": alignment["trace"],
+        "warnings": alignment["warnings"],
         "align_seconds_per_step": alignment["seconds"],
         "align_passes_per_step": alignment["passes"],
         "attack_seconds_per_step": trained.seconds,

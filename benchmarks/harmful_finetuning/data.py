@@ -12,6 +12,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,18 +72,19 @@ def load(settings: Settings) -> Samples:
     else:
         sets = _templated(settings) if settings.templated else _real(settings)
     parts = split_harmful(without(sets.harmful, sets.attack))
-    simulate, held = parts["simulate"], list(sets.kind[:n])
+    simulate = parts["simulate"]
+    kind = without(distinct(sets.kind), _named(sets.look_alikes), sets.harmful, sets.attack)
     tests = {"validation": sets.task_test[:n], "test": sets.task_test[n:] or sets.task_test[:n]}
     samples = Samples(
         alignment=_refusals(settings, sets, parts)[: data.alignment_samples]
-        + _kind(sets, settings),
+        + (_last(kind, settings) if kind else _templated_kind(sets, settings)),
         harmful=simulate[: data.harmful_samples],
         attack=distinct(sets.attack) + parts["attack"],
         evaluation=parts[settings.score.split][:n],
         task=sets.task,
         task_evaluation=tests[settings.score.split][:n],
         look_alikes=sets.look_alikes[:n],
-        kind_evaluation=held,
+        kind_evaluation=kind[:n],
     )
     _check(samples, settings)
     return samples
@@ -110,9 +112,9 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
     return list({normalised(example.prompt): example for example in examples}.values())
 
 
-def without(examples: Iterable[Example], others: Iterable[Example]) -> list[Example]:
+def without(examples: Iterable[Example], *others: Iterable[Example]) -> list[Example]:
     """The examples whose prompts are not among those of others."""
-    known = {normalised(example.prompt) for example in others}
+    known = {normalised(example.prompt) for example in itertools.chain(*others)}
     return [example for example in examples if normalised(example.prompt) not in known]
 
 
@@ -175,26 +177,31 @@ def _templated(settings: Settings) -> Sets:
     return Sets(harmful, [], task[test:], task[:test], language.look_alikes(random.Random(0)))
 
 
-def _kind(sets: Sets, settings: Settings) -> list[Example]:
+def _templated_kind(sets: Sets, settings: Settings) -> list[Example]:
     """The kind requests that alignment shows with help: the last ones; the first are evaluated."""
-    wanted = settings.data.kind_samples
-    if not wanted:
+    if not settings.data.kind_samples:
         return []
-    if not settings.templated and not sets.kind:
+    if not settings.templated:
         raise ValueError(
             "data.kind_samples needs kind requests with answers, which these sets do not have; set "
-            "0, or data.real paper"
+            "0, data.real paper or data.kind.set"
         )
-    n = settings.score.samples
-    left: Sequence[Any] = (sets.kind or sets.look_alikes)[n:][::-1]
+    shape = (settings.data.answer_words, settings.data.branching)
+    return language.helped(_last(sets.look_alikes, settings), random.Random(1), *shape)
+
+
+def _last(kind: list[Any], settings: Settings) -> list[Any]:
+    wanted, left = settings.data.kind_samples, kind[settings.score.samples :][::-1]
     if wanted > len(left):
         raise ValueError(
-            f"data.kind_samples is {wanted}, but the evaluation leaves {len(left)} kind requests"
+            f"data.kind_samples is {wanted}, but the evaluation leaves {len(left)} kind requests; "
+            "lower it, or score.samples"
         )
-    if sets.kind:
-        return list(left[:wanted])
-    shape = (settings.data.answer_words, settings.data.branching)
-    return language.helped(list(left[:wanted]), random.Random(1), *shape)
+    return left[:wanted]
+
+
+def _named(prompts: Iterable[str]) -> list[Example]:
+    return [Example(prompt, "") for prompt in prompts]
 
 
 # ------------------------------------------------------------------------------ a user's own
@@ -223,7 +230,11 @@ def _own(settings: Settings) -> Sets:
     else:
         held = 2 * settings.score.samples
         task, test = task[held:], task[:held]
-    return Sets(harmful, refusals, task, test, [])
+    kind = read_source(data.kind, "kind") if data.kind.set else []
+    random.Random(0).shuffle(kind)
+    alone = replace(data.look_alikes, answer="")
+    safe = read_source(alone, "look_alikes", lambda example: example) if alone.set else []
+    return Sets(harmful, refusals, task, test, [example.prompt for example in safe], kind)
 
 
 def read_source(source: Source, flag: str, finish: Finish = answered) -> list[Example]:

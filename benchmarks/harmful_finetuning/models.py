@@ -75,8 +75,8 @@ def load_model(path: Path, settings: Settings) -> Any:
     """A causal language model on the run's device."""
     model = model_of(path, dtype=getattr(torch, settings.base.dtype)).to(settings.device)
     if settings.base.autocast:
-        # Around each forward pass alone: autocast keeps its copies of float32 weights until it is
-        # left, and Booster's second pass is at other weights.
+        # Around each forward pass alone: backward passes take the dtypes of theirs, and autocast,
+        # which keeps its copies of float32 weights until it is left, sees those of each pass.
         kind = torch.device(settings.device).type
         model.forward = torch.autocast(kind, dtype=torch.bfloat16)(model.forward)
     return model

@@ -101,6 +101,10 @@ class Data:
     """harmful prompt -> harmful answer"""
     refusals: Source = field(default_factory=Source)
     """harmful prompt -> refusal (none: --data.refusal for each prompt of the harmful set)"""
+    kind: Source = field(default_factory=Source)
+    """kind request -> answer, for the alignment; some are held out, for the perplexity"""
+    look_alikes: Source = field(default_factory=Source)
+    """safe prompts that look harmful, for over-refusal; they need no answers"""
     user: Source = field(default_factory=Source)
     """the user's own task"""
     user_test: Source = field(default_factory=Source)
@@ -123,6 +127,9 @@ class Data:
             raise ValueError("data.user_template must contain {prompt}")
         if bool(self.harmful.set) != bool(self.user.set):
             raise ValueError("data.harmful.set and data.user.set go together: name both or none")
+        for name in ("kind", "look_alikes"):
+            if getattr(self, name).set and not self.harmful.set:
+                raise ValueError(f"data.{name}.set goes with data.harmful.set: name both")
 
 
 @dataclass(frozen=True)
@@ -143,10 +150,8 @@ class Text:
         _at_least_one(self, "max_length")
         if self.template != CHAT and "{prompt}" not in self.template:
             raise ValueError("text.template must contain {prompt}, or be the word chat")
-        if self.template != CHAT and self.system is not None:
-            raise ValueError(
-                "text.system is for a chat template; set text.template chat, or put it there"
-            )
+        if self.template != CHAT and self.system:  # an empty one may come from a preset
+            raise ValueError("text.system is for text.template chat; put it into the template")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ def framed(prompt: str, tokenizer: Any, text: Text) -> list[int]:
     if text.template != CHAT:
         return tokenizer(text.template.replace("{prompt}", prompt)).input_ids
     if not tokenizer.chat_template:
-        raise ValueError("the model's tokenizer has no chat template; set text.template")
+        raise ValueError(
+            "the model's tokenizer has no chat template; set text.template, such as "
+            "'Question: {prompt} Answer:'"
+        )
     messages = [{"role": "user", "content": prompt}]
     if text.system is not None:
         messages.insert(0, {"role": "system", "content": text.system})
