@@ -432,7 +432,7 @@ def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, A
         "method": point.run.method,
         "setting": json.dumps(point.value),
         "seed": point.run.seed,
-        **{score: record["attacked"][score] for score in results.SCORES},
+        **{name: value for name, value in record["attacked"].items() if name in results.SCORES},
         "aligned_harmful_loss": record["aligned"]["harmful_loss"],
     }
 
