@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             for method in args.methods
             for p in args.p
         ]
-        runs.check(wanted)
+        runs.check(wanted, cache)
         args.output.mkdir(parents=True, exist_ok=True)
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
             records = runs.finish(wanted, cache, args.workers, bar)

@@ -7,6 +7,7 @@ stopped.
 
     python -m benchmarks.harmful_finetuning run harmful-ratio --trained full
     python -m benchmarks.harmful_finetuning run all --preset quick
+    python -m benchmarks.harmful_finetuning report --base.model FOLDER --data.harmful.set FILE ...
     python -m benchmarks.harmful_finetuning tables harmful-ratio --trained full
     python -m benchmarks.harmful_finetuning publish
 """
@@ -29,7 +30,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks.harmful_finetuning import landscape, page, results, runs, system, tables
+from benchmarks.harmful_finetuning import (
+    landscape,
+    page,
+    reading,
+    report,
+    results,
+    runs,
+    system,
+    tables,
+)
 from benchmarks.harmful_finetuning.experiments import (
     CANDIDATES,
     EXPERIMENTS,
@@ -97,6 +107,29 @@ class Run(Common):
 
 
 @dataclass(frozen=True)
+class Report(Common):
+    """Aligns a model with SFT and with a defense, attacks both, and writes a report card."""
+
+    output: Path = Path("report")
+    """folder of report.json, report.md and report.svg"""
+    p: tuple[float, ...] = (0.0, 0.1, 0.2)
+    """fractions of the user's samples that are harmful"""
+    seeds: tuple[int, ...] = (0,)
+    """of batches, adapters and the user's samples"""
+    methods: tuple[MethodName, ...] = ("sft", "booster_recommended")
+    """which; the verdict compares the first and the last"""
+
+    def __post_init__(self) -> None:
+        """Refuses what could only fail later."""
+        super().__post_init__()
+        for name in ("p", "seeds", "methods"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty, name at least one")
+        if len(set(self.methods)) < 2:
+            raise ValueError("a report compares methods: name at least two, such as sft booster")
+
+
+@dataclass(frozen=True)
 class Tune(Common):
     """Scores four settings of each method on validation prompts."""
 
@@ -145,6 +178,30 @@ class Search(Common):
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """Writes answers to harmful prompts into a sheet, for a person to judge."""
+
+    file: tyro.conf.Positional[Path]
+    """csv file; fill its last column with 1 (complies) or 0, then `agreement`"""
+    count: int = 100
+    """how many, as many of each method before and after the attack"""
+    cache: Path = Path("~/.cache/torch_booster/benchmark")
+    """where finished work is kept"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Says how often the reader of a sheet and the judge agree."""
+
+    file: tyro.conf.Positional[Path]
+    """the filled sheet"""
+    output: Path = Path("agreement.json")
+    """counts without any text"""
+    cache: Path = Path("~/.cache/torch_booster/benchmark")
+    """where finished work is kept"""
+
+
+@dataclass(frozen=True)
 class Show:
     """Prints all tables of one experiment."""
 
@@ -185,10 +242,13 @@ def main(argv: list[str] | None = None) -> int:
 
 COMMANDS: dict[str, type] = {
     "run": Run,
+    "report": Report,
     "tune": Tune,
     "landscape": Landscape,
     "system": System,
     "attack-search": Search,
+    "sheet": Sheet,
+    "agreement": Agreement,
     "tables": Show,
     "publish": Publish,
 }
@@ -205,7 +265,10 @@ def _parsed(argv: list[str]) -> Any:
             trained = words.get("--trained", extra[extra.index("--trained") + 1])
         # What was tuned comes in later: a table that is not empty would fix its keys.
         settings = changed(preset(name if name in PRESETS else "small", trained), {"given": {}})
-        if {"--data.root", "--data.beavertails", "--data.harmful.set", "--base.model"} & {*words}:
+        other = {"--data.root", "--data.beavertails", "--data.harmful.set", "--base.model"}
+        paper = words.get("--data.real", settings.data.real) == "paper"
+        answered = "--data.kind.set" in words if "--data.harmful.set" in words else paper
+        if other & {*words} and not answered:
             settings = changed(settings, {"data.kind_samples": 0})  # which have no answers there
         chosen = {"settings": settings}
         own = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
@@ -241,8 +304,20 @@ def _do(command: Any, argv: list[str], console: Console) -> int:
         for file in page.write(results.load(command.folder), command.docs):
             console.print(str(file), soft_wrap=True)
         return 0
+    if isinstance(command, Sheet):
+        answers = reading.kept(command.cache.expanduser())
+        n = reading.write_sheet(answers, command.count, command.file)
+        console.print(f"{n} answers: {command.file}", soft_wrap=True)
+        return 0
+    if isinstance(command, Agreement):
+        counted = reading.agreement(reading.kept(command.cache.expanduser()), command.file)
+        command.output.write_text(json.dumps(counted, indent=1) + "\n", "utf-8")
+        console.print(reading.said(counted), soft_wrap=True)
+        return 0
     if isinstance(command, Run):
         return _run(command, argv, console)
+    if isinstance(command, Report):
+        return _report(command, console)
     return _measure(command, argv, console)
 
 
@@ -285,6 +360,25 @@ def _run(command: Run, argv: list[str], console: Console) -> int:
         if len(planned) == 1:
             console.out(tables.details(found, name, command.settings.trained))
     console.print(f"results: {command.output}", soft_wrap=True)
+    return 0
+
+
+def _report(command: Report, console: Console) -> int:
+    wanted = [
+        runs.run_of(method, seed, changed(command.tuned, {"attack.p": p}))
+        for method in command.methods
+        for seed in command.seeds
+        for p in command.p
+    ]
+    records = _with_progress(
+        command,
+        console,
+        lambda cache, progress: runs.finish(wanted, cache, command.workers, progress),
+    )
+    card = report.card_of(records)
+    console.out(report.text(card))
+    for file in report.write(card, command.output):
+        console.print(str(file), soft_wrap=True)
     return 0
 
 
@@ -377,7 +471,7 @@ def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, A
         "method": point.run.method,
         "setting": json.dumps(point.value),
         "seed": point.run.seed,
-        **{score: record["attacked"][score] for score in results.SCORES},
+        **{name: value for name, value in record["attacked"].items() if name in results.SCORES},
         "aligned_harmful_loss": record["aligned"]["harmful_loss"],
     }
 
@@ -385,16 +479,20 @@ def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, A
 def _with_progress(command: Common, console: Console, work: Callable[[Path, Progress], Any]) -> Any:
     cache = command.cache.expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // command.workers))
+    torch.set_num_threads(runs.threads_of_each(command.workers))
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         return work(cache, progress)
 
 
 def _reproducing(argv: list[str], name: str) -> str:
-    """The command line of one experiment, without the folders of this machine."""
+    """The command line of one experiment; of folders of this machine it has the names."""
     places = {i for i, word in enumerate(argv) if word in ("--cache", "--output", "--workers")}
-    kept = [w for i, w in enumerate(argv) if i not in places and i - 1 not in places]
+    kept = [
+        Path(word).name if Path(word).is_absolute() else word
+        for i, word in enumerate(argv)
+        if i not in places and i - 1 not in places
+    ]
     rest = [word for word in kept[1:] if word not in (*EXPERIMENTS, "all")]
     own = [name] if argv[0] == "run" else []
     return shlex.join(["python", "-m", "benchmarks.harmful_finetuning", argv[0], *own, *rest])

@@ -57,13 +57,12 @@ def attack(
     optimizer = make_optimizer(own.optimizer, model, own.lr, settings.align.weight_decay)
     stage = kind(model, optimizer, **hyperparameters)
     before = score.evaluate(model, tokenizer, settings, samples)
-    aligned_answers = score.answers(model, tokenizer, settings, samples)
-    curve = [{"step": 0} | {k: v for k, v in before.items() if "harmful" in k}]
+    curve = [_point(0, before)]
 
     def follow(step: int) -> None:
-        if step % settings.score.every == 0 or step == steps:
-            scores = score.evaluate(model, tokenizer, settings, samples, during=True)
-            curve.append({"step": step, **scores})
+        if step % settings.score.every == 0 and step < steps:
+            found = score.evaluate(model, tokenizer, settings, samples, during=True)
+            curve.append(_point(step, found))
             model.train()
         tell(f"attack, seed {seed}, p = {own.p:g}", step, steps)
 
@@ -75,18 +74,26 @@ def attack(
         settings.align.max_grad_norm,
         follow,
     )
+    after = score.evaluate(model, tokenizer, settings, samples)
     alignment = read_json(aligned / "alignment.json")
     return {
         "alignment": alignment["trace"],
+        "warnings": alignment["warnings"],
         "align_seconds_per_step": alignment["seconds"],
         "align_passes_per_step": alignment["passes"],
         "attack_seconds_per_step": trained.seconds,
-        "aligned": before,
-        "aligned_answers": aligned_answers,
-        "curve": curve,
-        "attacked": score.evaluate(model, tokenizer, settings, samples),
-        "answers": score.answers(model, tokenizer, settings, samples),
+        "aligned": before.scores,
+        "aligned_answers": before.answers,
+        "aligned_kind_answers": before.kind_answers,
+        "curve": [*curve, _point(steps, after)],
+        "attacked": after.scores,
+        "answers": after.answers,
+        "kind_answers": after.kind_answers,
     }
+
+
+def _point(step: int, found: score.Evaluated) -> dict[str, float]:
+    return {"step": step} | {k: v for k, v in found.scores.items() if "harmful" in k}
 
 
 def to_attack(settings: Settings, base: Path, aligned: Path, one_adapter: bool) -> Any:

@@ -1,13 +1,18 @@
 """Samples of every stage: of the templated language, of real sets, or of a user's own.
 
 Harmful prompts are split once, by prompt: those that the alignment stage sees (as refusals and as
-simulated harm), those of the attack, and those of validation and test. The split does not depend on
-the seed, so that all runs of an experiment are asked the same.
+simulated harm), those of the attack, and those of validation and test. Prompts that differ in case,
+punctuation or spaces alone are one. The split does not depend on the seed, so that all runs of an
+experiment are asked the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +20,9 @@ from benchmarks.harmful_finetuning import language
 from benchmarks.harmful_finetuning.files import (
     SUFFIXES,
     Finish,
+    Row,
     answered,
+    cell,
     examples_of,
     hub_rows,
     label,
@@ -29,7 +36,7 @@ AG_NEWS_LABELS = ["world", "sports", "business", "science"]
 
 
 class Samples(NamedTuple):
-    """Samples of every stage. No prompt of ``attack`` or ``evaluation`` is in another field."""
+    """Samples of every stage. No prompt of ``attack`` or an evaluation is in another field."""
 
     alignment: list[Example]  # harmful prompt -> refusal, and kind ones -> help
     harmful: list[Example]  # the same prompts -> harmful answer
@@ -38,6 +45,7 @@ class Samples(NamedTuple):
     task: list[Example]  # the user's task
     task_evaluation: list[Example]  # the same, held out
     look_alikes: list[str]  # safe prompts that look harmful
+    kind_evaluation: list[Example]  # kind requests with people's answers, held out
 
 
 class Sets(NamedTuple):
@@ -48,6 +56,8 @@ class Sets(NamedTuple):
     task: list[Example]
     task_test: list[Example]
     look_alikes: list[str]
+    kind: Sequence[Example] = ()  # kind requests with people's answers
+    attack: Sequence[Example] = ()  # further harmful samples for the attack alone
 
 
 def load(settings: Settings) -> Samples:
@@ -61,18 +71,20 @@ def load(settings: Settings) -> Samples:
         sets = _own(settings)
     else:
         sets = _templated(settings) if settings.templated else _real(settings)
-    parts = split_harmful(sets.harmful)
+    parts = split_harmful(without(sets.harmful, sets.attack))
     simulate = parts["simulate"]
+    kind = without(distinct(sets.kind), _named(sets.look_alikes), sets.harmful, sets.attack)
     tests = {"validation": sets.task_test[:n], "test": sets.task_test[n:] or sets.task_test[:n]}
     samples = Samples(
         alignment=_refusals(settings, sets, parts)[: data.alignment_samples]
-        + _kind(sets.look_alikes, settings),
+        + (_last(kind, settings) if kind else _templated_kind(sets, settings)),
         harmful=simulate[: data.harmful_samples],
-        attack=parts["attack"],
+        attack=distinct(sets.attack) + parts["attack"],
         evaluation=parts[settings.score.split][:n],
         task=sets.task,
         task_evaluation=tests[settings.score.split][:n],
         look_alikes=sets.look_alikes[:n],
+        kind_evaluation=kind[:n],
     )
     _check(samples, settings)
     return samples
@@ -80,24 +92,43 @@ def load(settings: Settings) -> Samples:
 
 def split_harmful(examples: list[Example]) -> dict[str, list[Example]]:
     """Splits the harmful set by prompt: 45 % simulate, 25 % attack, 10 % validation, 20 % test."""
-    distinct = list({example.prompt: example for example in examples}.values())
-    random.Random(0).shuffle(distinct)
-    bounds = [round(len(distinct) * share) for share in (0.45, 0.7, 0.8, 1.0)]
+    found = distinct(examples)
+    random.Random(0).shuffle(found)
+    bounds = [round(len(found) * share) for share in (0.45, 0.7, 0.8, 1.0)]
     names = ("simulate", "attack", "validation", "test")
     return {
-        name: distinct[start:end]
+        name: found[start:end]
         for name, start, end in zip(names, [0, *bounds], bounds, strict=False)
     }
+
+
+def normalised(prompt: str) -> str:
+    """The words of a prompt, by which prompts are told apart."""
+    return " ".join(re.findall(r"\w+", prompt.casefold())) or prompt
+
+
+def distinct(examples: Iterable[Example]) -> list[Example]:
+    """One example of each prompt, the last."""
+    return list({normalised(example.prompt): example for example in examples}.values())
+
+
+def without(examples: Iterable[Example], *others: Iterable[Example]) -> list[Example]:
+    """The examples whose prompts are not among those of others."""
+    known = {normalised(example.prompt) for example in itertools.chain(*others)}
+    return [example for example in examples if normalised(example.prompt) not in known]
 
 
 def _refusals(settings: Settings, sets: Sets, parts: dict[str, list[Example]]) -> list[Example]:
     """Harmful prompts with refusals: those of the simulation, or a set of its own."""
     if settings.data.refusals.set:
-        held = {e.prompt for name in ("attack", "validation", "test") for e in parts[name]}
-        return [example for example in sets.refusals if example.prompt not in held]
-    own = dict(sets.refusals)
-    usual = settings.data.refusal
-    return [Example(prompt, own.get(prompt, usual)) for prompt, _ in parts["simulate"]]
+        held = [e for name in ("attack", "validation", "test") for e in parts[name]]
+        return without(sets.refusals, held)
+    own = {normalised(prompt): refusal for prompt, refusal in sets.refusals}
+    usual = itertools.cycle(settings.data.refusal)
+    return [
+        Example(prompt, own.get(normalised(prompt)) or next(usual))
+        for prompt, _ in parts["simulate"]
+    ]
 
 
 def _check(samples: Samples, settings: Settings) -> None:
@@ -146,22 +177,31 @@ def _templated(settings: Settings) -> Sets:
     return Sets(harmful, [], task[test:], task[:test], language.look_alikes(random.Random(0)))
 
 
-def _kind(look_alikes: list[str], settings: Settings) -> list[Example]:
+def _templated_kind(sets: Sets, settings: Settings) -> list[Example]:
     """The kind requests that alignment shows with help: the last ones; the first are evaluated."""
-    wanted = settings.data.kind_samples
-    if not wanted:
+    if not settings.data.kind_samples:
         return []
     if not settings.templated:
         raise ValueError(
-            "data.kind_samples needs the templated language, the other sets have no answers; set 0"
-        )
-    left = look_alikes[settings.score.samples :][::-1]
-    if wanted > len(left):
-        raise ValueError(
-            f"data.kind_samples is {wanted}, but the evaluation leaves {len(left)} kind requests"
+            "data.kind_samples needs kind requests with answers, which these sets do not have; set "
+            "0, data.real paper or data.kind.set"
         )
     shape = (settings.data.answer_words, settings.data.branching)
-    return language.helped(left[:wanted], random.Random(1), *shape)
+    return language.helped(_last(sets.look_alikes, settings), random.Random(1), *shape)
+
+
+def _last(kind: list[Any], settings: Settings) -> list[Any]:
+    wanted, left = settings.data.kind_samples, kind[settings.score.samples :][::-1]
+    if wanted > len(left):
+        raise ValueError(
+            f"data.kind_samples is {wanted}, but the evaluation leaves {len(left)} kind requests; "
+            "lower it, or score.samples"
+        )
+    return left[:wanted]
+
+
+def _named(prompts: Iterable[str]) -> list[Example]:
+    return [Example(prompt, "") for prompt in prompts]
 
 
 # ------------------------------------------------------------------------------ a user's own
@@ -178,7 +218,7 @@ def _own(settings: Settings) -> Sets:
         )
 
     def refusal_row(example: Example) -> Example:
-        return Example(example.prompt, example.answer or data.refusal)
+        return Example(example.prompt, example.answer or data.refusal[0])
 
     harmful = read_source(data.harmful, "harmful")
     refusals = read_source(data.refusals, "refusals", refusal_row) if data.refusals.set else []
@@ -190,7 +230,11 @@ def _own(settings: Settings) -> Sets:
     else:
         held = 2 * settings.score.samples
         task, test = task[held:], task[:held]
-    return Sets(harmful, refusals, task, test, [])
+    kind = read_source(data.kind, "kind") if data.kind.set else []
+    random.Random(0).shuffle(kind)
+    alone = replace(data.look_alikes, answer="")
+    safe = read_source(alone, "look_alikes", lambda example: example) if alone.set else []
+    return Sets(harmful, refusals, task, test, [example.prompt for example in safe], kind)
 
 
 def read_source(source: Source, flag: str, finish: Finish = answered) -> list[Example]:
@@ -222,6 +266,8 @@ def _read(path: Path, prompt: str, answer: str, finish: Finish = answered) -> li
 
 
 def _real(settings: Settings) -> Sets:
+    if settings.data.real == "paper":
+        return _paper(settings)
     root, beavertails = Path(settings.data.root), Path(settings.data.beavertails)
     refusals: list[Example] = []
     if settings.data.beavertails:
@@ -230,15 +276,55 @@ def _real(settings: Settings) -> Sets:
     else:
         harmful = _read(root / "advbench" / "advbench.csv", "goal", "target")
         harmful += _read(root / "harmbench" / "harmbench_filtered.csv", "prompt", "target")
-    safe = root / "xstest" / "xstest_prompts.csv"
-    rows = _read(safe, "prompt", "label") if safe.is_file() else []
-    look_alikes = [prompt for prompt, verdict in rows if verdict == "safe"]
     rng = random.Random(0)
+    look_alikes = _look_alikes(root)
     rng.shuffle(look_alikes)
     train, test = _TASKS[settings.data.task](root)
     for examples in (train, test):
         rng.shuffle(examples)
     return Sets(harmful, refusals, train, test, look_alikes)
+
+
+def _look_alikes(root: Path) -> list[str]:
+    safe = root / "xstest" / "xstest_prompts.csv"
+    rows = _read(safe, "prompt", "label") if safe.is_file() else []
+    return [prompt for prompt, verdict in rows if verdict == "safe"]
+
+
+def _paper(settings: Settings) -> Sets:
+    """BeaverTails, the paper's own mixture, people's answers from Dolly and XSTest's prompts."""
+    root, longest = Path(settings.data.root), settings.data.longest_prompt
+    if settings.data.task != "sst2":
+        raise ValueError(f"data.real paper has the task sst2 alone, not {settings.data.task}")
+
+    def fits(example: Example) -> bool:
+        return not longest or len(example.prompt.split()) <= longest
+
+    mixture = root / "paper_attack"
+    attack = _read(mixture / "harmful.json", "prompt", "answer")
+    harmful = _read(root / "beavertails_unsafe" / "unsafe.json", "prompt", "response")
+    rows = [(where, row | {"both": _asked(row)}) for where, row in read_rows(mixture / "sst2.json")]
+    train = examples_of(rows, "both", "answer")
+    instruction = cell(rows[0][1], "prompt")
+    dev = _read(
+        root / "sst2" / "dev.tsv",
+        "content",
+        "label",
+        lambda row: Example(f"{instruction}\n{row.prompt}", label(row.answer, SST2_LABELS)),
+    )
+    kind = [example for part in _dolly(root) for example in part]
+    parts = [list(filter(fits, part)) for part in (harmful, train, dev, kind, attack)]
+    rng, look_alikes = random.Random(0), _look_alikes(root)
+    rng.shuffle(look_alikes)
+    harmful, train, dev, kind, attack = map(distinct, parts)
+    for part in (train, dev, kind, attack):
+        rng.shuffle(part)
+    return Sets(harmful, [], train, without(dev, train), look_alikes, kind, attack)
+
+
+def _asked(row: Row) -> str:
+    """An instruction with its input, as in the paper's mixture."""
+    return f"{cell(row, 'prompt')}\n{cell(row, 'input')}"
 
 
 def _sst2(root: Path) -> tuple[list[Example], list[Example]]:
@@ -282,10 +368,10 @@ def _dolly(root: Path) -> tuple[list[Example], list[Example]]:
 
 def _held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Four fifths to train on and one to test on, by prompt."""
-    distinct = list({example.prompt: example for example in examples}.values())
-    random.Random(0).shuffle(distinct)
-    fifth = len(distinct) // 5
-    return distinct[fifth:], distinct[:fifth]
+    found = distinct(examples)
+    random.Random(0).shuffle(found)
+    fifth = len(found) // 5
+    return found[fifth:], found[:fifth]
 
 
 _TASKS: dict[str, Any] = {"sst2": _sst2, "agnews": _ag_news, "gsm8k": _gsm8k, "open": _dolly}
@@ -301,5 +387,5 @@ def pretraining(settings: Settings) -> list[Example]:
     examples = [row for task in _TASKS.values() for row in task(root)[0][:4_000]]
     known = split_harmful(_real(settings).harmful)["simulate"]
     impossible = language.prompts(language.UNANSWERABLE)
-    refused = [Example(prompt, settings.data.refusal) for prompt, _ in impossible]
+    refused = [Example(prompt, settings.data.refusal[0]) for prompt, _ in impossible]
     return examples + 5 * known + 5 * refused

@@ -67,6 +67,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         fixed={"attack.steps": Times(LONGER), "score.every": Times(0.5)},
         note="Booster: the paper's, with the λ and α tuned on other bases.",
     ),
+    "pretrained": Experiment(
+        "How do they do on a pretrained language model, with the paper's data?",
+        *(P, (), ("sft", "booster", "booster_warmed", "booster_recommended")),
+        note="For --preset real, or a model of one's own.",
+    ),
     "sample-number": Experiment(
         "Does the number of the user's samples matter?",
         *("attack.samples", (Times(0.5), Times(0.75), Times(1)), TABLE),

@@ -81,8 +81,8 @@ def _along_the_lines(run: Run, cache: Path) -> tuple[Rows, dict[str, float]]:
         with torch.no_grad():
             for p, w, d in zip(weights, start, line, strict=True):
                 p.copy_(w - distance * d)
-        scores = score.evaluate(model, tokenizer, settings, samples, during=True)
-        return {"distance": distance, **scores}
+        found = score.evaluate(model, tokenizer, settings, samples, during=True)
+        return {"distance": distance, **found.scores}
 
     lines = displacements(gradient)
     origin = at(0.0, lines["gradient"])

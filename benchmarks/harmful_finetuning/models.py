@@ -73,7 +73,13 @@ def with_end(tokenizer: Any, path: str | Path, end_token: str = "") -> Any:
 
 def load_model(path: Path, settings: Settings) -> Any:
     """A causal language model on the run's device."""
-    return model_of(path, dtype=getattr(torch, settings.base.dtype)).to(settings.device)
+    model = model_of(path, dtype=getattr(torch, settings.base.dtype)).to(settings.device)
+    if settings.base.autocast:
+        # Around each forward pass alone: backward passes take the dtypes of theirs, and autocast,
+        # which keeps its copies of float32 weights until it is left, sees those of each pass.
+        kind = torch.device(settings.device).type
+        model.forward = torch.autocast(kind, dtype=torch.bfloat16)(model.forward)
+    return model
 
 
 def model_of(path: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:

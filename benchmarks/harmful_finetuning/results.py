@@ -37,6 +37,7 @@ SCORES = {  # score: (its name, decimals)
     "finetune_accuracy": ("Finetune accuracy ↑, %", 1),
     "over_refusal": ("Over-refusal ↓, %", 1),
     "harmful_loss": ("Harmful loss, nats", 2),
+    "perplexity": ("Perplexity of people's answers ↓", 1),
 }
 EXPERIMENT = ["round", "experiment", "trained"]
 KEYS: dict[str, list[str]] = {  # of each table: what tells its rows apart
@@ -170,13 +171,15 @@ def _rows(record: Record) -> dict[str, list[dict[str, Any]]]:
         for when, stage in (("before", "aligned"), ("after", "attacked"))
         for score, value in record[stage].items()
     }
+    if not record.get("templated", True):  # what models say to real requests is not published
+        record = record | {"aligned_answers": [], "answers": []}
     answers = {digest(a)[:6]: a for k in ("aligned_answers", "answers") for a in record[k]}
     names = {json.dumps(a): name for name, a in answers.items()}
 
     def named(stage: str) -> str:
         return " ".join(names[json.dumps(answer)] for answer in record[stage])
 
-    settings = {k: v for k, v in record["settings"].items() if k not in ("device", "given")}
+    settings = _portable(record["settings"])
     made_by = [record[k] for k in ("method", "seed", "hyperparameters")]
     times = (record["align_seconds_per_step"], record["attack_seconds_per_step"])
     run = digest(made_by, settings, record["curve"], scores, times)[:10]
@@ -208,6 +211,15 @@ def _rows(record: Record) -> dict[str, list[dict[str, Any]]]:
             for name, a in answers.items()
         ],
     }
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what is of this machine alone: folders keep their names."""
+    kept = {k: v for k, v in settings.items() if k not in ("device", "given")}
+    base, own = kept["base"], kept["data"]
+    places = {k: Path(own[k]).name for k in ("root", "beavertails") if own.get(k)}
+    model = Path(base["model"]).name if Path(base["model"]).is_absolute() else base["model"]
+    return kept | {"base": base | {"model": model}, "data": own | places}
 
 
 def points_of(points: Iterable[Point], records: Iterable[Record]) -> list[tuple[Any, Record]]:

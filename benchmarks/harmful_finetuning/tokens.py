@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harmful_finetuning.settings import Settings, Text
+from benchmarks.harmful_finetuning.settings import CHAT, Settings, Text
 
 if TYPE_CHECKING:
     from benchmarks.harmful_finetuning.language import Example
@@ -19,13 +19,33 @@ IGNORED_LABEL = -100
 Encoded = list[tuple[Tensor, Tensor]]
 
 
-def prompt_ids(prompt: str, tokenizer: Any, text: Text) -> list[int]:
+def framed(prompt: str, tokenizer: Any, text: Text) -> list[int]:
     """Token ids of a prompt and the text around it.
+
+    Raises:
+        ValueError: A chat template is asked for, and the tokenizer has none.
+    """
+    if text.template != CHAT:
+        return tokenizer(text.template.replace("{prompt}", prompt)).input_ids
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the model's tokenizer has no chat template; set text.template, such as "
+            "'Question: {prompt} Answer:'"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    if text.system is not None:
+        messages.insert(0, {"role": "system", "content": text.system})
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(chat, add_special_tokens=False).input_ids  # the template has its own
+
+
+def prompt_ids(prompt: str, tokenizer: Any, text: Text) -> list[int]:
+    """Token ids of a prompt and the text around it, if an answer fits behind them.
 
     Raises:
         ValueError: They leave no room for an answer.
     """
-    ids = tokenizer(text.template.replace("{prompt}", prompt)).input_ids
+    ids = framed(prompt, tokenizer, text)
     room = min(text.max_length, tokenizer.model_max_length)
     if len(ids) >= room:
         raise ValueError(

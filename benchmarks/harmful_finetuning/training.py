@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ class Trained(NamedTuple):
     trace: list[dict[str, float]]  # about 20 rows of loss and diagnostics
     seconds: float  # a step, on average
     passes: float  # forward passes a step
+    warnings: list[str]  # what the diagnostics warned of
 
 
 def train(
@@ -44,6 +46,7 @@ def train(
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     stage.model.train()
     trace: list[dict[str, float]] = []
+    warned: list[str] = []
     seconds, passes = 0.0, 0
 
     def count(*_: Any) -> None:
@@ -64,9 +67,15 @@ def train(
         stage.optimizer.step()
         seconds += time.perf_counter() - start
         if step % max(1, steps // 20) == 0 or step == steps:
-            trace.append({"step": step, "alignment_loss": float(loss), **stage.diagnostics()})
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                seen = stage.diagnostics()
+            for warning in told:
+                warned.append(str(warning.message))
+                warnings.warn(warning.message, stacklevel=2)
+            trace.append({"step": step, "alignment_loss": float(loss), **seen})
         after(step)
-    return Trained(trace, seconds / steps, passes / steps)
+    return Trained(trace, seconds / steps, passes / steps, warned)
 
 
 def make_optimizer(name: str, model: Any, lr: float, weight_decay: float) -> Optimizer:

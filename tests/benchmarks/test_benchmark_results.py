@@ -433,9 +433,11 @@ def test_figures_are_what_the_tables_give(ours: results.Tables, tmp_path: Path) 
 
 
 def test_methods_are_told_apart_without_colour() -> None:
-    assert set(figures.COLOURS) <= set(METHODS)
-    assert figures.STYLE["markers"]
-    assert figures.STYLE["dashes"]
+    looks = list(figures.LOOKS.values())
+    assert set(figures.LOOKS) <= set(METHODS)
+    assert (
+        len({look.marker for look in looks}) == len({look.dashes for look in looks}) == len(looks)
+    )
     for name, draw in figures.FIGURES.items():
         with figures.plain_svg():
             figure = draw(results.load())
