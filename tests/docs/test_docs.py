@@ -174,6 +174,19 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(PAGES)
 
 
+def test_every_module_has_its_reference() -> None:
+    package = ROOT / "torch_booster"
+    modules = {
+        str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for file in package.rglob("*.py")
+        if file.name not in ("__init__.py", "optimizer.py")  # whose class the package exports
+    }
+    pages = [page.read_text() for page in (DOCS / "api").iterdir()]
+    shown = re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE)
+    assert modules <= {*shown}
+    assert "torch_booster.BoosterOptimizer" in shown
+
+
 def test_every_image_is_shown() -> None:
     shown = {Path(target).name for name in PAGES for target in links(name)}
     assert {image.name for image in (DOCS / "images").iterdir()} <= shown
