@@ -247,6 +247,21 @@ def published() -> tuple[Any, Any, Any]:
 
 
 @with_results
+def test_quoted_counts_of_the_trainers_own_tests_are_the_recorded_ones() -> None:
+    recorded = record("trainer_tests")
+    page = " ".join(text("loops/trainer.md").split())
+    passed, boosted, calls = (
+        recorded[key] for key in ("pass_as_they_are", "pass_with_booster", "train_calls")
+    )
+    assert f"Of {passed} tests that pass on a CPU without the hub, {boosted} pass" in page
+    assert f"each of their {calls} calls" in page
+    assert recorded["identical"] == calls
+    others = [test["why"] for test in recorded["tests"].values() if "why" in test]
+    assert len(others) == passed - boosted == 6
+    assert sum(why.startswith("refused") for why in others) == 5
+
+
+@with_results
 def test_quoted_instability_is_the_recorded_one() -> None:
     records, _, figures = published()
     lora, full = (figures.demo_traces(records, trained) for trained in ("lora", "full"))

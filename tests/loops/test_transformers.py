@@ -399,7 +399,8 @@ def test_lora(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
-def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path, smoothing: float) -> None:
     class Untouchable(list[Any]):
         def __getitem__(self, index: Any) -> Any:
             raise AssertionError("harmful data was read")
@@ -408,6 +409,7 @@ def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path) -> None:
         "max_steps": 7,
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.1,
+        "label_smoothing_factor": smoothing,
     }
     mine = make_trainer(
         tmp_path,
