@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.reference import Loss, booster_gradient
+from tests.replay import Pass, replayed, token_mean
 from torch_booster import BoosterOptimizer
 
 VOCABULARY = 32
@@ -76,24 +75,16 @@ def formula(model: nn.Module, lam: float = LAM) -> Gradients:
     twin = copy.deepcopy(model)
     for module in twin.modules():  # it would recompute with the weights of the twin itself
         module.gradient_checkpointing = False
-    named = trainable(model)
+    masks = torch.Generator().manual_seed(SEED).get_state()
+    f, h = ([Pass({"input_ids": ids, "labels": ids}, masks)] for ids in (ALIGNMENT, HARMFUL))
+    return replayed(twin, trainable(model), f, h, lam, ALPHA, mean)
 
-    def loss_on(ids: Tensor) -> Loss:
-        def loss(values: Sequence[Tensor]) -> Tensor:
-            torch.manual_seed(SEED)
-            at = dict(zip(named, values, strict=True))
-            logits = functional_call(twin, at, (), {"input_ids": ids}).logits[:, :-1]
-            targets = ids[:, -logits.shape[1] :]  # all tokens where virtual ones go before them
-            logits = logits[:, -targets.shape[1] :]
-            return -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
 
-        return loss
-
-    with torch.random.fork_rng(devices=[]):
-        grads = booster_gradient(
-            loss_on(ALIGNMENT), loss_on(HARMFUL), list(named.values()), lam, ALPHA
-        )
-    return dict(zip(named, grads, strict=True))
+def mean(logits: Tensor, labels: Tensor, _: int) -> Tensor:
+    """Over all tokens but the first, and over that one where virtual ones go before it."""
+    virtual = logits.shape[1] - labels.shape[1]
+    labels = nn.functional.pad(labels, (virtual, 0), value=-100)
+    return token_mean(logits, labels, int((labels[:, 1:] != -100).sum()))
 
 
 def assert_close(grads: Gradients, wanted: Gradients, tolerance: float = 1e-6) -> None:

@@ -345,7 +345,6 @@ def test_refused_optimizers_say_why() -> None:
 @pytest.mark.parametrize(
     ("base", "match"),
     [
-        (torch.optim.AdamW, r"instance.*AdamW\(model\.parameters"),
         ("adamw", "torch.optim.Optimizer, got 'adamw'"),
         (None, "torch.optim.Optimizer, got None"),
     ],
@@ -355,12 +354,7 @@ def test_bad_base(base: Any, match: str) -> None:
         BoosterOptimizer(base)
 
 
-def test_deepspeed_is_refused() -> None:
-    model = two_layers()
-    next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks its own
-    with pytest.raises(TypeError, match=r"DeepSpeed.*Use DDP or FSDP2"):
-        BoosterOptimizer(make("AdamW", model.parameters()))
-
+def test_an_optimizer_of_deepspeeds_is_refused() -> None:
     class EngineOptimizer(torch.optim.SGD):
         __module__ = "deepspeed.runtime"
 
@@ -371,23 +365,6 @@ def test_deepspeed_is_refused() -> None:
 def test_wrapping_twice() -> None:
     with pytest.raises(TypeError, match="already"):
         BoosterOptimizer(Run("AdamW").opt)
-
-
-@pytest.mark.parametrize("argument", ["lam", "alpha", "eps"])
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "5", None, True])
-def test_bad_hyperparameters(argument: str, value: Any) -> None:
-    base = make("AdamW", two_layers().parameters())
-    with pytest.raises((TypeError, ValueError), match=f"{argument}.*{value!r}"):
-        BoosterOptimizer(base, **{argument: value})
-    assert "booster_lam" not in base.param_groups[0]
-    if argument != "eps":
-        opt = BoosterOptimizer(base)
-        with pytest.raises((TypeError, ValueError), match=argument):
-            setattr(opt, argument, value)
-        assert (opt.lam, opt.alpha) == (5.0, 0.1)
-        opt.param_groups[0][f"booster_{argument}"] = value
-        with pytest.raises((TypeError, ValueError), match=f"booster_{argument}"):
-            opt.regularize(lambda: torch.zeros(()))
 
 
 def test_bad_closures() -> None:
@@ -405,18 +382,6 @@ def test_bad_closures() -> None:
         run.opt.regularize(lambda: torch.zeros(()))
     with pytest.raises(RuntimeError, match=r"alignment_closure made no gradients.*backward"):
         run.opt.step(lambda: torch.zeros(()), good)
-
-    def returning(value: Any) -> Callable[[], Any]:
-        def closure() -> Any:
-            good()
-            return value
-
-        return closure
-
-    with pytest.raises(TypeError, match="must return its loss, got None"):
-        run.opt.regularize(returning(None))
-    with pytest.raises(ValueError, match=r"scalar loss.*\(2,\)"):
-        run.opt.regularize(returning(torch.zeros(2)))
     assert_equal(run.weights, before)
     assert all(p.grad is None or p.grad.isfinite().all() for p in run.model.parameters())
 
@@ -471,20 +436,3 @@ def test_step_with_a_closure_after_regularize_accumulates_onto_it() -> None:
     handed.opt.step(zeroing)
     one_call.step()
     assert_equal(handed.weights, one_call.weights)
-
-
-@pytest.mark.parametrize("usage", ["one_call", "staged"])
-def test_sparse_gradients_are_refused(usage: str) -> None:
-    table = nn.Embedding(4, 3, sparse=True)
-    opt = BoosterOptimizer(torch.optim.SGD(table.parameters(), lr=0.1))
-
-    def closure() -> Tensor:
-        opt.zero_grad()
-        loss = table(torch.tensor([1, 2])).square().sum()
-        loss.backward()
-        return loss
-
-    before = table.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="sparse=False"):
-        opt.step(closure, closure) if usage == "one_call" else opt.regularize(closure)
-    assert torch.equal(table.weight, before)

@@ -426,15 +426,3 @@ def test_grad_scaler_with_closures_fails_loudly_at_the_first_step(used: bool) ->
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     disabled.step(opt, problem.f_closure, problem.h_closure)
     assert not torch.equal(problem.params[0], before[0][1])
-
-
-# Order
-
-
-def test_regularizing_between_forward_and_backward_is_loud() -> None:
-    problem = make_problem()
-    opt = BoosterOptimizer(torch.optim.SGD(problem.params, lr=0.1))
-    loss = problem.f()
-    opt.regularize(problem.h_closure)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()

@@ -174,6 +174,19 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(PAGES)
 
 
+def test_every_module_has_its_reference() -> None:
+    package = ROOT / "torch_booster"
+    modules = {
+        str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for file in package.rglob("*.py")
+        if file.name not in ("__init__.py", "optimizer.py")  # whose class the package exports
+    }
+    pages = [page.read_text() for page in (DOCS / "api").iterdir()]
+    shown = re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE)
+    assert modules <= {*shown}
+    assert "torch_booster.BoosterOptimizer" in shown
+
+
 def test_every_image_is_shown() -> None:
     shown = {Path(target).name for name in PAGES for target in links(name)}
     assert {image.name for image in (DOCS / "images").iterdir()} <= shown
@@ -231,6 +244,21 @@ def published() -> tuple[Any, Any, Any]:
     from benchmarks.harmful_finetuning import figures, results, tables
 
     return results.load(), tables, figures
+
+
+@with_results
+def test_quoted_counts_of_the_trainers_own_tests_are_the_recorded_ones() -> None:
+    recorded = record("trainer_tests")
+    page = " ".join(text("loops/trainer.md").split())
+    passed, boosted, calls = (
+        recorded[key] for key in ("pass_as_they_are", "pass_with_booster", "train_calls")
+    )
+    assert f"Of {passed} tests that pass on a CPU without the hub, {boosted} pass" in page
+    assert f"each of their {calls} calls" in page
+    assert recorded["identical"] == calls
+    others = [test["why"] for test in recorded["tests"].values() if "why" in test]
+    assert len(others) == passed - boosted == 6
+    assert sum(why.startswith("refused") for why in others) == 5
 
 
 @with_results

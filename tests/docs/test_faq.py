@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from torch_booster import BoosterOptimizer
@@ -128,6 +129,12 @@ def prepared() -> None:
     loop.opt.regularize(loop.closure)
 
 
+def read_on_the_wrapper() -> None:
+    loop = Loop()
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(loop.opt).diagnostics  # noqa: B018
+
+
 def one_closure() -> None:
     loop = Loop()
     loop.opt.step(loop.closure)
@@ -197,6 +204,7 @@ PROVOKE: dict[str, Callable[[], None]] = {
     "The harmful pass changed weights": steps_in_the_backward_pass,
     "harmful_closure zeroed or edited .grad, though accumulates=True": broken_promise,
     "Accelerate prepared this optimizer": prepared,
+    "AcceleratedOptimizer object has no attribute": read_on_the_wrapper,
     "step() is missing harmful_closure": one_closure,
     "A gradient is sparse": sparse,
     "LBFGS": lbfgs,

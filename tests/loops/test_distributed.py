@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -86,6 +86,7 @@ def base_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
 
 
+@lru_cache  # the cases share a few
 def reference(
     branches: bool, clip: float | None, steps: int = STEPS, norm: str = "global"
 ) -> dict[str, Tensor]:

@@ -1240,6 +1240,15 @@ def test_the_wrong_order_of_the_mixin_is_named() -> None:
     with pytest.raises(TypeError, match=r"class Wrong\(BoosterMixin, Own\)"):
         type("Wrong", (Own, BoosterMixin), {})
 
+    class Steps(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(TypeError, match=r"left out of the harmful.*\(BoosterMixin, Steps\)"):
+        type("Wrong", (Steps, BoosterMixin), {})
+    with pytest.raises(TypeError, match=r"bases Trainer, BoosterMixin"):  # Python's own
+        type("Wrong", (Trainer, BoosterMixin), {})
+
 
 def test_a_trainer_that_only_changes_the_loss_may_come_first(tmp_path: Path) -> None:
     class Loss(Trainer):

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import IterableDataset
 from transformers import (
     HfArgumentParser,
@@ -38,15 +37,12 @@ from transformers import (
 )
 
 from tests.multi_process import run_cases
-from tests.reference import booster_gradient
+from tests.replay import Batch, LossOf, Pass, replayed, token_mean, tokens_in
 from torch_booster import BoosterOptimizer
 from torch_booster.integrations.transformers import BoosterArguments, BoosterMixin, BoosterTrainer
 
 VOCABULARY, SPOKEN = 24, 8
 LAM, ALPHA = 3.0, 0.1
-
-Batch = dict[str, Tensor]
-LossOf = Callable[[Tensor, Tensor, int], Tensor]  # logits, labels, tokens to divide by -> loss
 
 
 # ---------------------------------------------------------------------- model, data, trainer
@@ -162,16 +158,6 @@ def make_trainer(
 
 
 @dataclass
-class Pass:
-    batch: Batch
-    random_state: Tensor
-
-    def same_as(self, other: Pass) -> bool:
-        mine, theirs = self.batch, other.batch
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
-
-
-@dataclass
 class Step:
     """One optimizer step: weights before it, the forward passes, the gradients it was given."""
 
@@ -218,17 +204,6 @@ class Recorder(TrainerCallback):
         ]
 
 
-def token_mean(logits: Tensor, labels: Tensor, tokens: int) -> Tensor:
-    targets = labels[:, 1:].flatten()
-    log_p = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-    kept = targets != -100
-    return -log_p[kept].gather(1, targets[kept, None]).sum() / tokens
-
-
-def tokens_in(passes: list[Pass]) -> int:
-    return sum(int((p.batch["labels"][:, 1:] != -100).sum()) for p in passes)
-
-
 def expected(
     recorder: Recorder,
     weights: list[Tensor],
@@ -237,26 +212,9 @@ def expected(
     loss_of: LossOf = token_mean,
     lam: float = LAM,
 ) -> list[Tensor]:
-    names = list(recorder.named)
-
-    def loss_on(passes: list[Pass]) -> Callable[[Any], Tensor]:
-        tokens = tokens_in(passes)
-
-        def loss(values: Any) -> Tensor:
-            total = torch.zeros(())
-            for p in passes:
-                torch.set_rng_state(p.random_state)
-                inputs = {k: v for k, v in p.batch.items() if k != "labels"}
-                at = dict(zip(names, values, strict=True))
-                logits = functional_call(recorder.blank, at, (), inputs).logits
-                total = total + loss_of(logits, p.batch["labels"], tokens)
-            return total
-
-        return loss
-
-    with torch.random.fork_rng(devices=[]):
-        grads = booster_gradient(loss_on(alignment), loss_on(harmful), weights, lam, ALPHA)
-    return [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+    at = dict(zip(recorder.named, weights, strict=True))
+    grads = replayed(recorder.blank, at, alignment, harmful, lam, ALPHA, loss_of)
+    return [torch.zeros_like(at[n]) if g is None else g for n, g in grads.items()]
 
 
 def assert_close(grads: list[Tensor], formula: list[Tensor], atol: float = 1e-6) -> None:
@@ -441,7 +399,8 @@ def test_lora(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
-def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path, smoothing: float) -> None:
     class Untouchable(list[Any]):
         def __getitem__(self, index: Any) -> Any:
             raise AssertionError("harmful data was read")
@@ -450,6 +409,7 @@ def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path) -> None:
         "max_steps": 7,
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.1,
+        "label_smoothing_factor": smoothing,
     }
     mine = make_trainer(
         tmp_path,

@@ -74,6 +74,12 @@ NOT_A_FUNCTION_OF_ITS_BATCH = {
     "SDPOTrainer": "generates completions, and steps through a buffer of them",
 }
 
+# Methods of a trainer that the mixin has to come before, and what would happen otherwise.
+MUST_COME_AFTER = {
+    "__init__": "does not know its arguments",
+    "training_step": "its training_step would be left out of the harmful passes",
+}
+
 # Rows of a stream that are looked at before a run.
 SAMPLE = 256
 
@@ -190,14 +196,17 @@ class BoosterMixin(Trainer):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuses a trainer that comes before the mixin and would be given its arguments."""
+        """Refuses a trainer that comes before the mixin and has a part in what the mixin does."""
         super().__init_subclass__(**kwargs)
         for before in cls.__mro__[: cls.__mro__.index(BoosterMixin)]:
-            if not issubclass(before, BoosterMixin) and "__init__" in vars(before):
-                raise TypeError(
-                    f"{before.__name__} comes before BoosterMixin and does not know its arguments. "
-                    f"Turn them round: class {cls.__name__}(BoosterMixin, {before.__name__})."
-                )
+            if issubclass(before, BoosterMixin):
+                continue
+            for name, why in MUST_COME_AFTER.items():
+                if name in vars(before):
+                    raise TypeError(
+                        f"{before.__name__} comes before BoosterMixin, and {why}. Turn them "
+                        f"round: class {cls.__name__}(BoosterMixin, {before.__name__})."
+                    )
 
     def __init__(
         self,
