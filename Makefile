@@ -44,8 +44,8 @@ $(DEEPSPEED): pyproject.toml constraints.txt
 		--disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
-demo: $(DEMO)  ## Align a small model with SFT and with Booster, attack both, show table and plot
-	$(BIN)/python examples/lora_alignment.py
+demo: $(DEMO)  ## Align small models with SFT and with Booster, attack them, show table and plot
+	$(BIN)/python examples/lora_alignment.py --trained full
 
 test: $(INSTALLED)  ## Run the tests of the core and of the training loops
 	$(TEST) -m 'core or loops'
