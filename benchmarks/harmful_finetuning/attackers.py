@@ -190,7 +190,7 @@ def attack(
         own.align.max_grad_norm,
         follow,
     )
-    final = {name: score.evaluate(model, tokenizer, own, s) for name, s in samples.items()}
+    final = {n: score.evaluate(model, tokenizer, own, s).scores for n, s in samples.items()}
     return {"curve": curve, "final": final}
 
 
