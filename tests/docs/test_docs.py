@@ -320,6 +320,18 @@ def test_reliability_counts_are_the_recorded_ones() -> None:
     assert not any(count["lost"] for count in counts.values())
 
 
+@with_results
+def test_the_compared_implementations_are_as_recorded() -> None:
+    pytest.importorskip("rich", reason="the benchmarks extra is not installed")
+    from benchmarks import comparison
+
+    rows = record("comparison")["rows"]
+    assert table("comparison.md", "asks for more:") == comparison.by_case(rows)
+    settings = table("comparison.md", "## λ and α under one name")
+    assert [[row[0], *row[2:]] for row in settings] == comparison.by_setting(rows)
+    assert [row[1] for row in settings] == [*comparison.SETTINGS.values()]
+
+
 README = (ROOT / "README.md").read_text()
 SETTINGS = [  # of the README's rows: published experiments, and their value of the axis
     ("harmful-ratio", "full", 0.2),

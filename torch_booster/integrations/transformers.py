@@ -51,12 +51,14 @@ with needs("transformers"):
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
 
 # What a training step leaves behind in the trainer. TRL's trainers count tokens and average
-# entropy and accuracy over the calls of compute_loss, which are to be the alignment ones only.
+# entropy and accuracy over the calls of compute_loss, which are to be the alignment ones only;
+# ms-swift's keep theirs in custom_metrics.
 RECORDS = (
     "current_gradient_accumulation_steps",
     "_metrics",
     "_stored_metrics",
     "_total_train_tokens",
+    "custom_metrics",
 )
 
 # TRL's trainers whose training step is more than a function of its batch, and why. Forks and
