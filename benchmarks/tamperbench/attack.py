@@ -208,4 +208,4 @@ def mixture(config: Sst2BeaverTailsConfig, settings: Settings) -> list[Example]:
                 f"{count} {name} samples are wanted, but {source} has {len(found)}; lower "
                 "dataset_size, or change poison_ratio"
             )
-    return user_data(Samples([], [], harmful, [], benign, [], []), settings, config.random_seed)
+    return user_data(Samples([], [], harmful, [], benign, [], [], []), settings, config.random_seed)

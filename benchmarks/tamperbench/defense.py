@@ -164,7 +164,7 @@ def samples_of(config: TorchBoosterConfig) -> Samples:
         return read_source(source, "harmful", refused)[: config.num_samples]
 
     refusals, harmful = read(config.refusal_column), read(config.harmful_column)
-    return Samples(refusals, harmful, [], [], [], [], [])
+    return Samples(refusals, harmful, [], [], [], [], [], [])
 
 
 def alignment_of(config: TorchBoosterConfig) -> Alignment:
