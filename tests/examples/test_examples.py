@@ -142,7 +142,7 @@ def test_second_run_trains_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run_demo(demo) == 0
     assert json.loads((demo / "out" / "results.json").read_text()) == json.loads(before)
     with pytest.raises(AssertionError, match="trained again"):  # other settings, other stage
-        run_demo(demo, "--given", "booster_warmed.lam", "2")
+        run_demo(demo, "--given", "booster.lam", "2")
 
 
 def test_interrupted_run_leaves_nothing_half_written_and_goes_on(

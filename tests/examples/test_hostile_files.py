@@ -165,7 +165,7 @@ def lora_flags(folder: Path, model: Path, *extra: object, **sets: Path) -> list[
         *("--data.user.set", files["task"]),
         *("--align.steps", 1, "--attack.steps", 1, "--score.every", 1, "--score.samples", 4),
         *("--attack.samples", 20, "--score.max_new_tokens", 2, "--p", 0.25, "--workers", 1),
-        *("--text.template", "{prompt}", "--methods", "sft", "--lora.r", 2),
+        *("--text.template", "{prompt}", "--methods", "sft", "--seeds", 0, "--lora.r", 2),
         *("--lora.targets", "q_proj"),
         *("--cache", folder / "cache", "--output", folder / "out", *extra),
     ]
