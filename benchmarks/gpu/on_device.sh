@@ -36,6 +36,7 @@ case $part in
         status=0
         within 450 "$python" -m benchmarks.harmful_finetuning run recommended \
             --config benchmarks/gpu/wide_deep.json --seeds 0 --workers 1 \
+            --methods sft booster booster_warmed booster_recommended \
             --cache "$cache" --output build/gpu/wide_deep "$@" 2>&1 |
             tee "$out/wide_deep.log" || status=$?
         mkdir -p "$cache" build/gpu/wide_deep

@@ -236,7 +236,7 @@ def finish(
     cache: Path,
     workers: int,
     progress: Progress,
-    last: tuple[Stage, Place] = (make_record, record_file),
+    last: tuple[Stage, Place] | None = None,
 ) -> list[Any]:
     """Does what is not finished of the runs and returns all records in their order.
 
@@ -245,7 +245,8 @@ def finish(
         cache: Folder of what is finished.
         workers: Processes that share the work; with 1 everything runs in this process.
         progress: Shows all work with the time left, and what is being done.
-        last: What is done with each aligned model, and the JSON file that it writes.
+        last: What is done with each aligned model, and the JSON file that it writes (None: it is
+            attacked).
 
     Raises:
         ValueError: The samples of a run do not fit; nothing has been run.
@@ -253,6 +254,7 @@ def finish(
     cache.mkdir(parents=True, exist_ok=True)
     show = shown_on(progress)
     check(runs, cache, show)
+    last = last or (make_record, record_file)
     left = [run for run in runs if not last[1](run, cache).exists()]
     waves: list[list[tuple[Stage, Run]]] = []
     for stage, place in ((make_base, base_folder), (make_aligned, aligned_folder), last):

@@ -83,7 +83,9 @@ def test_the_wide_and_deep_experiment_runs_at_toy_size(tmp_path: Path) -> None:
     base = ["--base.width", "32", "--base.layers", "1", "--base.steps", "2"]
     steps = ["--base.batch_size", "8", "--align.steps", "2", "--attack.steps", "1"]
     score = ["--attack.samples", "40", "--score.samples", "4", "--score.max_new_tokens", "2"]
-    assert harmful_finetuning.main([*argv, *places, *base, *steps, *score]) == 0
+    methods = ["--methods", "sft", "booster", "booster_warmed", "booster_recommended"]
+    assert " ".join(methods) in (HERE / "on_device.sh").read_text()
+    assert harmful_finetuning.main([*argv, *methods, *places, *base, *steps, *score]) == 0
     assert len(list((tmp_path / "cache").glob("run-*.json"))) == 4
 
 
