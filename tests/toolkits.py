@@ -175,8 +175,10 @@ def llamafactory(patch: pytest.MonkeyPatch) -> None:
                     for batch in micro_batches:
                         share = compute_valid_tokens([batch]) / (tokens + 1e-6)
                         (self.compute_loss(batch) * share).backward()
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-                    self.optimizer.step()
+                    params = self.model.parameters()
+                    norm = nn.utils.clip_grad_norm_(params, self.args.max_grad_norm)
+                    if norm.isfinite():
+                        self.optimizer.step()
                     self.optimizer.zero_grad()
                     if step == self.args.max_steps:
                         return

@@ -157,6 +157,21 @@ def test_each_step_is_the_formula(factory: Any) -> None:
             torch.testing.assert_close(found, g * (CLIP / norm), rtol=1e-5, atol=1e-7)
 
 
+def harmful_batches(trainer: Any) -> list[Tensor]:
+    """What the regularisers to come are given."""
+    found: list[Tensor] = []
+    taken = trainer.optimizer.regularize
+
+    def regularize(closure: Any) -> Any:
+        trainer.passes.clear()
+        value = taken(closure)
+        found.append(trainer.passes[0]["input_ids"])
+        return value
+
+    trainer.optimizer.regularize = regularize
+    return found
+
+
 def test_a_resumed_run_goes_on_in_the_harmful_stream(factory: Any) -> None:
     def batches(first: int) -> list[Tensor]:
         torch.manual_seed(0)
@@ -165,22 +180,27 @@ def test_a_resumed_run_goes_on_in_the_harmful_stream(factory: Any) -> None:
         for group in trainer.optimizer.param_groups:
             group["booster_step"] = first
         trainer.callback_handler.add_callback(factory.BoosterCallback(trainer, rows(2)))
-        found: list[Tensor] = []
-        taken = trainer.optimizer.regularize
-
-        def regularize(closure: Any) -> Any:
-            trainer.passes.clear()
-            value = taken(closure)
-            found.append(trainer.passes[0]["input_ids"])
-            return value
-
-        trainer.optimizer.regularize = regularize
+        found = harmful_batches(trainer)
         trainer.fit()
         return found
 
     unbroken, resumed = batches(0), batches(9)  # in its second epoch of 8 batches
     assert len(resumed) == 3
     assert all(torch.equal(a, b) for a, b in zip(unbroken[9:], resumed, strict=True))
+
+
+def test_a_step_that_is_skipped_has_its_harmful_batch_again(factory: Any) -> None:
+    """The trainer does not step where the norm of the gradients is not finite."""
+    model = toolkits.TokenModel()
+    trainer = trainer_on(model)
+    trainer.callback_handler.add_callback(factory.BoosterCallback(trainer, rows(2)))
+    found = harmful_batches(trainer)
+    spoils = iter([1.0, torch.nan])
+    model.head.bias.register_hook(lambda g: g * (next(spoils, 1.0) if len(found) == 2 else 1.0))
+    trainer.fit()
+    assert trainer.optimizer.step_count == STEPS - 1
+    same = [torch.equal(a, b) for a, b in zip(found, found[1:], strict=False)]
+    assert same == [False, True, False]
 
 
 def test_lam_zero_reads_no_harmful_row(factory: Any) -> None:

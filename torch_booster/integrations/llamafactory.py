@@ -115,7 +115,7 @@ class BoosterCallback(TrainerCallback):  # pyright: ignore[reportUntypedBaseClas
                 seed=trainer.args.seed,
             )
         )
-        self.drawn = 0
+        self.drawn, self.batch = 0, None
 
     @staticmethod
     def _batches(generator: Any) -> Iterator[Any]:
@@ -138,8 +138,10 @@ class BoosterCallback(TrainerCallback):  # pyright: ignore[reportUntypedBaseClas
         if not optimizer.is_due():
             return
         turn = optimizer.step_count // optimizer.every
-        (batch,) = islice(self.batches, turn - self.drawn, turn - self.drawn + 1)
-        self.drawn = turn + 1
+        if turn >= self.drawn:  # else the trainer skipped the step, whose gradients were not finite
+            (self.batch,) = islice(self.batches, turn - self.drawn, turn - self.drawn + 1)
+            self.drawn = turn + 1
+        batch = self.batch
         ranks = DistributedInterface()
         own = compute_valid_tokens([batch])
         everywhere = ranks.all_reduce(own, op=ReduceOp.SUM)
