@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_a_step_that_is_skipped_has_its_harmful_batch_again(factory: Any) -> Non
     model.head.bias.register_hook(lambda g: g * (next(spoils, 1.0) if len(found) == 2 else 1.0))
     trainer.fit()
     assert trainer.optimizer.step_count == STEPS - 1
-    same = [torch.equal(a, b) for a, b in zip(found, found[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in pairwise(found)]
     assert same == [False, True, False]
 
 
