@@ -219,11 +219,17 @@ def test_lam_zero_reads_no_harmful_row(factory: Any) -> None:
         ({"lr": 0.1, "betas": [0.9, 0.95]}, "unknown keys: betas"),
         ({"lr": 0.1, "lam": -1.0}, "lam must be finite and not negative"),
         ({"lr": 0.1, "norm": "layer"}, "norm is 'layer'"),
+        ({"lr": 0.1, "every": 0}, "every is 0"),
     ],
 )
 def test_a_bad_configuration_is_told(factory: Any, config: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         factory.booster(toolkits.TokenModel(), config)
+
+
+def test_half_a_step_is_not_rounded(factory: Any) -> None:
+    with pytest.raises(TypeError, match=r"every must be a whole number, got 2\.5"):
+        factory.booster(toolkits.TokenModel(), {"lr": 0.1, "every": 2.5})
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,8 @@ def test_the_configuration_is_torchtitans_with_boosters(titan: Any) -> None:
     kind = titan.BoosterTrainer.Config
     assert issubclass(kind, titan.Trainer.Config)
     assert (kind().lam, kind(alpha=0.2).alpha) == (5.0, 0.2)
+
+
+def test_a_missing_harmful_loader_is_told_before_anything_is_built(titan: Any) -> None:
+    with pytest.raises(ValueError, match="harmful_dataloader is missing"):
+        titan.BoosterTrainer(titan.BoosterTrainer.Config())

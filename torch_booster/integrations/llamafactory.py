@@ -62,10 +62,8 @@ def booster(model: nn.Module, config: Mapping[str, Any]) -> BoosterOptimizer:
         raise ValueError("optim_config has no lr. The trainer's learning_rate is not told to it.")
     # YAML reads 1e-4 as text.
     lr, decay = float(given.pop("lr")), float(given.pop("weight_decay", 0.01))
-    told: dict[str, Any] = {key: int(given.pop(key)) for key in COUNTS if key in given}
-    told |= {key: float(given.pop(key)) for key in ("lam", "alpha") if key in given}
-    if "norm" in given:
-        told["norm"] = given.pop("norm")
+    told: dict[str, Any] = {key: float(given.pop(key)) for key in ("lam", "alpha") if key in given}
+    told |= {key: given.pop(key) for key in ("norm", *COUNTS) if key in given}
     if given:
         raise ValueError(
             f"optim_config has unknown keys: {', '.join(given)}. Known are lr, weight_decay, lam, "

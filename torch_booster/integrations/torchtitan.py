@@ -35,7 +35,8 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
     """torchtitan's trainer on the Booster gradient.
 
     Raises:
-        ValueError: Pipeline parallelism or CUDA graphs are on, or several optimizers are in use.
+        ValueError: There is no harmful_dataloader, pipeline parallelism or CUDA graphs are on, or
+            several optimizers are in use.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -52,6 +53,11 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
         every: int = 1
 
     def __init__(self, config: Config) -> None:
+        if type(config.harmful_dataloader) is BaseDataLoader.Config:  # which builds nothing
+            raise ValueError(
+                "harmful_dataloader is missing. Give the configuration of a loader of the kind "
+                "that dataloader is, with the harmful examples."
+            )
         super().__init__(config)
         self._begin(config)
         meshes = self.parallel_dims
