@@ -15,6 +15,9 @@ from hypothesis import settings
 settings.register_profile("torch_booster", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("torch_booster")
 
+# Collected, as doctests are, it would be imported as TamperBench and taken for the real one.
+collect_ignore = ["benchmarks/tamperbench_stand_in"]
+
 TESTS = Path(__file__).parent
 RECORD = TESTS.parent / "build" / "reliability.json"
 
