@@ -42,7 +42,10 @@ def record(method: str, seed: int, score: float, accuracy: float = 90.0, **other
         "method": method,
         "seed": seed,
         "hyperparameters": {},
-        "settings": {"trained": "lora", "base": {"model": ""}, "data": {}, "seen": score},
+        "settings": {
+            "trained": "lora", "base": {"model": ""}, "data": {}, "score": {"judge": ""},
+            "seen": score,
+        },
         "commit": "abc",
         "versions": {"torch": "2.13.0"},
         "alignment": [{"step": 1, "alignment_loss": 0.5}],
