@@ -43,7 +43,10 @@ def record(method: str, seed: int, score: float, accuracy: float = 90.0, **other
         "seed": seed,
         "hyperparameters": {},
         "settings": {
-            "trained": "lora", "base": {"model": ""}, "data": {}, "score": {"judge": ""},
+            "trained": "lora",
+            "base": {"model": ""},
+            "data": {},
+            "score": {"judge": ""},
             "seen": score,
         },
         "commit": "abc",
