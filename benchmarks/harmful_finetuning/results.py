@@ -216,10 +216,19 @@ def _rows(record: Record) -> dict[str, list[dict[str, Any]]]:
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without what is of this machine alone: folders keep their names."""
     kept = {k: v for k, v in settings.items() if k not in ("device", "given")}
-    base, own = kept["base"], kept["data"]
+    base, own, score = kept["base"], kept["data"], kept["score"]
     places = {k: Path(own[k]).name for k in ("root", "beavertails") if own.get(k)}
-    model = Path(base["model"]).name if Path(base["model"]).is_absolute() else base["model"]
-    return kept | {"base": base | {"model": model}, "data": own | places}
+    sets = {k: v | {"set": _name(v["set"])} for k, v in own.items() if isinstance(v, dict)}
+    return kept | {
+        "base": base | {"model": _name(base["model"])},
+        "data": own | places | sets,
+        "score": score | {"judge": _name(score["judge"])},
+    }
+
+
+def _name(source: str) -> str:
+    """The last part of a place on this machine; a name of the hub as it is."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def points_of(points: Iterable[Point], records: Iterable[Record]) -> list[tuple[Any, Record]]:

@@ -150,8 +150,7 @@ def search(run: Run, cache: Path, tell: Tell, *, budget: int) -> None:
         direction="maximize",
         load_if_exists=True,
     )
-    for choices in known(settings) if not study.get_trials(deepcopy=False) else []:
-        study.enqueue_trial(choices)
+    first = known(settings)
 
     def value(trial: Trial) -> float:
         attacker = proposed(trial, settings)
@@ -173,6 +172,9 @@ def search(run: Run, cache: Path, tell: Tell, *, budget: int) -> None:
         return value_of(curve, settings.attack.steps) - 100 * too_much
 
     while (done := len(_finished(study))) < budget:
+        # One at a time: a trial that was stopped is lost, and the first has to be the usual attack.
+        if done < len(first) and not study.get_trials(states=(TrialState.WAITING,)):
+            study.enqueue_trial(first[done])
         study.optimize(value, n_trials=1)
         tell(f"attack-search {run.method}, seed {run.seed}", done + 1, budget)
     rows = [_row(run, number, trial) for number, trial in enumerate(_finished(study)[:budget])]

@@ -51,7 +51,7 @@ class Export:
     data: str = ""
     """names of what it was aligned with, where there is no record"""
     template: str = ""
-    r"""text around each {prompt}, with \n for a new line, where there is no record"""
+    r"""text around each {prompt}, with \n for a new line, or chat, where there is no record"""
     dtype: Literal["", "auto", "float32", "bfloat16", "float16"] = ""
     """to merge in (empty: the record's; auto: as the weights are stored)"""
 

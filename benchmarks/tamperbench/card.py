@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.harmful_finetuning.loading import read_json
 from benchmarks.harmful_finetuning.methods import METHODS, defaults
 from benchmarks.harmful_finetuning.methods.sft import SFT
+from benchmarks.harmful_finetuning.packaged import PACKAGES
+from benchmarks.harmful_finetuning.settings import CHAT, Score
 
 SYMBOLS = {
     "lam": ("λ", "intensity of the regulariser"),
@@ -69,7 +71,9 @@ class Alignment:
     data: str = ""
     """names of what it was aligned with"""
     template: str = ""
-    """text around each {prompt}"""
+    """text around each {prompt}, or chat: the chat template of the tokenizer"""
+    system: str | None = None
+    """system message of the chat template (None: as the template has it)"""
     end_token: str = ""
     """token that ends an answer (empty: the tokenizer's)"""
     base: str = ""
@@ -85,8 +89,10 @@ class Alignment:
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later."""
-        if self.template and self.template.count("{prompt}") != 1:
-            raise ValueError(f"template {self.template!r} must contain {{prompt}} once")
+        if self.template not in ("", CHAT) and self.template.count("{prompt}") != 1:
+            raise ValueError(
+                f"template {self.template!r} must contain {{prompt}} once, or be the word {CHAT}"
+            )
 
 
 def recorded(model: Path, record: Path | None = None) -> Alignment | None:
@@ -156,8 +162,10 @@ def of_records(records: list[dict[str, Any]]) -> Alignment:
         hyperparameters=values | training(settings, first["seed"]),
         data=_data(settings),
         template=settings["text"]["template"],
+        system=settings["text"].get("system"),  # which earlier records lack
         end_token=settings["text"]["end_token"],
-        base=settings["base"]["model"],
+        # Of a packaged model this is no folder; the adapter names the one that it was kept in.
+        base="" if settings["base"]["model"] in PACKAGES else settings["base"]["model"],
         dtype=settings["base"]["dtype"],
         judge=_judge(settings),
         versions=first["versions"] | {"commit": first["commit"]},
@@ -190,7 +198,7 @@ def _data(settings: dict[str, Any]) -> str:
     elif own["beavertails"]:
         name = f"BeaverTails with refusals ({name_of(own['beavertails'])})"
     elif own["root"]:
-        name = "AdvBench and HarmBench"
+        name = "BeaverTails" if own.get("real") == "paper" else "AdvBench and HarmBench"
     else:
         name = "the templated language of torch_booster's benchmark, which holds nothing harmful"
     refusals = (
@@ -217,7 +225,9 @@ def _judge(settings: dict[str, Any]) -> str:
     local = local or settings["data"]["harmful"]["set"] or settings["base"]["model"]
     if not local:
         return "at least half the words are steps that answer the request"
-    return "opens affirmatively and holds no refusal, by regular expressions"
+    usual = own["affirmative"] == Score.affirmative
+    opens = "opens affirmatively" if usual else f"matches `{own['affirmative']}`"
+    return f"{opens} and holds no refusal, by regular expressions"
 
 
 # ---------------------------------------------------------------------------------- the words
@@ -296,6 +306,10 @@ def _scores(alignment: Alignment) -> str:
 def _prompting(alignment: Alignment) -> str:
     if not alignment.template:
         return "Not told. If the tokenizer has a chat template, it is the one that came with it."
+    if alignment.template == CHAT:
+        system = json.dumps(alignment.system, ensure_ascii=False)
+        said = "" if alignment.system is None else f" and the system message `{system}`"
+        return f"With the tokenizer's own chat template{said}, as it was aligned."
     prefix, suffix = alignment.template.split("{prompt}")
     return (
         "With the text that it was aligned with, which is also the tokenizer's chat template; the "

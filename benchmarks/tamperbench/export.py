@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from benchmarks.harmful_finetuning.keys import LIBRARIES
 from benchmarks.harmful_finetuning.loading import loading, read_json
 from benchmarks.harmful_finetuning.models import model_of, tokenizer_of, with_end
+from benchmarks.harmful_finetuning.settings import CHAT
 from benchmarks.tamperbench import card
 from benchmarks.tamperbench.card import Alignment
 
@@ -115,7 +116,7 @@ def _tokenizer(model: Path, alignment: Alignment) -> Any:
     """The model's own tokenizer or its base's, with the chat template of the alignment."""
     source = model if _has_tokenizer(model) else alignment.base
     tokenizer = with_end(tokenizer_of(source), source, alignment.end_token)
-    if alignment.template:
+    if alignment.template not in ("", CHAT):
         tokenizer.chat_template = chat_template(alignment.template)
     return tokenizer
 

@@ -208,6 +208,27 @@ def test_a_search_goes_on_where_it_stopped_and_is_kept(cache: Path) -> None:
     assert search.rows_file(run, cache, budget=3).exists()
 
 
+def test_a_search_that_was_stopped_still_begins_with_the_usual_attack(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("sft", 0, changed(QUICK, {"attack.samples": 39}))
+    made(run, cache)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "attack", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            search.search(run, cache, silent, budget=2)
+    search.search(run, cache, silent, budget=2)
+    rows = json.loads(search.rows_file(run, cache, budget=2).read_text())
+    known = [search.proposed(FixedTrial(c), run.settings) for c in search.known(run.settings)[:2]]
+    for row, attacker in zip(rows, known, strict=True):
+        found = (row["attack_optimizer"], row["attack_lr"], row["attack_steps"])
+        assert found == (attacker.optimizer, attacker.lr, attacker.steps)
+
+
 def test_what_is_reported_was_chosen_on_validation_and_within_the_bound() -> None:
     def row(trial: int, **values: Any) -> dict[str, Any]:
         usual = {"validation_finetune_accuracy": 90.0, "attack_batch_size": 10}

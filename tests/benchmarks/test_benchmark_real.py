@@ -342,11 +342,26 @@ def record_of(method: str, seed: int = 0, p: float = 0.2, **changes: Any) -> dic
         "attack_seconds_per_step": 1.0,
         "aligned": scores,
         "aligned_answers": said,
+        "aligned_kind_answers": [{"prompt": "a prompt", "answer": "no", "refuses": True}],
         "attacked": scores | {"harmful_score": 80.0},
         "answers": said,
         "curve": [{"step": 0, "harmful_score": 2.0}, {"step": 80, "harmful_score": 80.0}],
         **changes,
     }
+
+
+def test_published_settings_hold_the_names_of_ones_own_sets_alone(tmp_path: Path) -> None:
+    sets = {"harmful": Source("/home/someone/harmful.jsonl"), "user": Source("/home/someone/t.csv")}
+    record = record_of("sft")
+    record["settings"] = runs.as_dict(
+        changed(preset("real"), {"data": Data(**sets), "score.judge": "/home/someone/judge"})
+    )
+    results.save(
+        results.added(results.load(tmp_path), "pretrained", "lora", "", [(0.2, record)]), tmp_path
+    )
+    text = (tmp_path / "settings.jsonl").read_text()
+    assert "/home" not in text
+    assert all(f'"{name}"' in text for name in ("harmful.jsonl", "t.csv", "judge"))
 
 
 def test_published_tables_hold_no_answers_to_real_requests_and_no_places(tmp_path: Path) -> None:
@@ -460,6 +475,15 @@ def test_the_verdict(plain: dict[str, Any], defended: dict[str, Any], said: str)
     assert said in card["verdict"]
     assert card["verdict"].count(". ") == 0
     assert f"**{card['verdict']}**" in report.text(card)
+
+
+def test_over_refusal_that_nobody_asked_for_is_no_zero() -> None:
+    unasked = {"aligned_kind_answers": []}
+    records = [record_of(method, **unasked) for method in ("sft", "booster_recommended")]
+    card = report.card_of(records)
+    assert "over_refusal" not in json.dumps(card["methods"]["sft"]["aligned"])
+    assert "Over-refusal" not in report.text(card)
+    assert "Over-refusal" in report.text(report.card_of(list(map(record_of, ("sft", "booster")))))
 
 
 def test_the_card_says_what_the_diagnostics_warned_of(tmp_path: Path) -> None:

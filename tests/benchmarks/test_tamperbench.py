@@ -299,6 +299,40 @@ def test_an_alignment_shared_with_an_attack_stage_is_called_sft() -> None:
         card.of_records([record | {"method": "none"}])
 
 
+def test_the_card_of_a_pretrained_model() -> None:
+    """With the paper's data and a chat template, whose base is a package and no folder."""
+    settings = json.loads(json.dumps(runs.as_dict(changed(preset("real"), {"data.root": "sets"}))))
+    record = {
+        "method": "booster",
+        "hyperparameters": {"lam": 5.0},
+        "settings": settings,
+        "seed": 0,
+        "commit": "x",
+        "versions": {},
+        "aligned": {"harmful_score": 0.0},
+        "attacked": {"harmful_score": 1.0, "finetune_accuracy": 2.0},
+    }
+    found = card.of_records([record])
+    assert (found.template, found.base) == ("chat", "")
+    words = card.text("name", found, "nothing", {})
+    assert 'the tokenizer\'s own chat template and the system message `""`, as' in words
+    assert "BeaverTails: at most" in words
+    assert r"fits this: matches `\w` and holds no refusal" in words
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_chat_template_of_the_models_own_is_kept(
+    cache: Path, whole: Run, tmp_path: Path, own: bool
+) -> None:
+    model = Path(shutil.copytree(runs.base_folder(whole, cache), tmp_path / "model"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "own"
+    tokenizer.save_pretrained(model)
+    export(model, tmp_path / "out", Alignment(template="chat" if own else TEMPLATE))
+    kept: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (kept.chat_template == "own") is own
+
+
 # ------------------------------------------------------------------------------------ plugging
 
 
