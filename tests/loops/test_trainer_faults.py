@@ -1118,8 +1118,13 @@ def test_timers_and_ctrl_c_do_not_wait() -> None:
         while True:
             pass
 
-    with pytest.raises(KeyboardInterrupt):
-        opt.regularize(interrupted)
+    # A process that was started in the background ignores Ctrl-C, and would wait for ever.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            opt.regularize(interrupted)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
     def too_late(*_: Any) -> None:
         raise TimeoutError
