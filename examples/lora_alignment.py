@@ -59,7 +59,7 @@ class Arguments:
 
     methods: tuple[Name, ...] = ("sft", "booster", "booster_recommended")
     """how to align; the first is what the others are compared with"""
-    p: tuple[float, ...] = (0.0, 0.1, 0.2)
+    p: tuple[float, ...] = (0.0, 0.2)
     """fractions p of harmful samples"""
     seeds: tuple[int, ...] = (0, 1)
     """each with a base model, LoRA's weights, batches and attack's samples of its own"""
@@ -77,7 +77,7 @@ def parsed(argv: list[str]) -> Arguments:
     own = any(word.startswith(("--base.model", "--data.harmful.set")) for word in argv)
     small = preset("small", "full" if "full" in argv else "lora")
     # The user's adapter is one of the user's own, which is the easier one to defend against.
-    demo = changed(small, {"given": {}, "attack.adapters": "double", "score.every": 50})
+    demo = changed(small, {"given": {}, "attack.adapters": "double"})
     default = Arguments(settings=Settings() if own else demo)
     return tyro.cli(Arguments, args=argv, default=default, description=__doc__)
 
