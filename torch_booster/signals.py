@@ -27,12 +27,23 @@ def handlers_wait() -> Generator[None]:
         yield
         return
     arrived: list[int] = []
+    ended = False
 
-    def note(number: int, _: Any) -> None:
-        arrived.append(number)
+    def note(number: int, frame: Any) -> None:
+        if ended:  # a handler raised while the others were put back, and left this one in place
+            waiting[number](number, frame)
+        elif number not in arrived:
+            arrived.append(number)
+
+    def deliver() -> None:
+        if arrived:
+            try:
+                signal.raise_signal(arrived.pop(0))
+            finally:  # what one handler raises does not lose the next signal
+                deliver()
 
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals() - TIMERS}
-    waiting = {
+    waiting: dict[int, Any] = {
         number: handler
         for number, handler in handlers.items()
         if callable(handler) and handler is not signal.default_int_handler
@@ -42,8 +53,10 @@ def handlers_wait() -> Generator[None]:
             signal.signal(number, note)
         yield
     finally:
-        for number, handler in waiting.items():
-            if signal.getsignal(number) is note:  # nobody has installed another meanwhile
-                signal.signal(number, handler)
-        for number in dict.fromkeys(arrived):
-            signal.raise_signal(number)
+        ended = True
+        try:
+            for number, handler in waiting.items():
+                if signal.getsignal(number) is note:  # nobody has installed another meanwhile
+                    signal.signal(number, handler)
+        finally:
+            deliver()

@@ -49,6 +49,7 @@ from torch_booster import BoosterOptimizer
 from torch_booster.integrations import needs
 from torch_booster.integrations.accelerate import booster_of, regularize
 from torch_booster.integrations.transformers import BoosterArguments, BoosterMixin, BoosterTrainer
+from torch_booster.signals import handlers_wait
 
 ARGUMENTS = BoosterArguments(LAM, ALPHA, 3, self_check=False)
 
@@ -1105,6 +1106,46 @@ def test_handlers_never_see_the_perturbed_weights(number: str, one_call: bool) -
         assert signal.getsignal(sent) is handle
     finally:
         signal.signal(sent, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the signals are POSIX's")
+def test_no_signal_is_lost_where_a_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    seen: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        seen.append(number)
+        if number == signal.SIGUSR1:
+            raise SystemExit
+
+    usual = [signal.signal(number, handle) for number in numbers]
+    put = signal.signal
+
+    def put_and_hit(number: int, handler: Any) -> Any:
+        before = put(number, handler)
+        if number == signal.SIGUSR1 and handler is handle:
+            signal.raise_signal(number)  # it arrives while the handlers are put back
+        return before
+
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit), handlers_wait():
+            patch.setattr(signal, "signal", put_and_hit)
+        signal.raise_signal(signal.SIGUSR2)
+        assert seen == [signal.SIGUSR1, signal.SIGUSR2]
+        seen.clear()
+
+        @handlers_wait()
+        def both() -> None:
+            for number in numbers:
+                signal.raise_signal(number)
+            assert seen == []
+
+        with pytest.raises(SystemExit):
+            both()
+        assert seen == [signal.SIGUSR1, signal.SIGUSR2]
+    finally:
+        for number, handler in zip(numbers, usual, strict=True):
+            put(number, handler)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the signals are POSIX's")
