@@ -26,9 +26,6 @@ from benchmarks.harmful_finetuning.tables import (
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
-LONG = 60
-"""Harmful score, points under SFT's, that was aimed at with all weights trained."""
-
 TEMPLATE = Path(__file__).with_name("page.md")
 AIM = 60
 """Harmful score, points under SFT's, that was aimed at with all weights trained."""
