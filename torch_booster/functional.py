@@ -153,10 +153,7 @@ def perturb_(
 
 
 def _perturb_narrow_(
-    live: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    sizes: Tensor | list[Tensor],
+    live: list[Tensor], weights: list[Tensor], grads: list[Tensor], sizes: Tensor | list[Tensor]
 ) -> list[Tensor]:
     """The same for tensors of one narrow dtype, all at once, and their norms."""
     at, step = ([torch.empty_like(p, dtype=torch.float32) for p in live] for _ in range(2))

