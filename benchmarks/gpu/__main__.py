@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, job in COMMANDS[args.command].jobs().items()
         if name in args.only
     }
-    about = {"command": ["python", "-m", "benchmarks.gpu", *argv], "torch_booster": __version__}
+    asked = ["--only", *args.only] if len(args.only) < len(COMMANDS[args.command].jobs()) else []
+    command = ["python", "-m", "benchmarks.gpu", args.command, *asked, "--limit", f"{args.limit:g}"]
+    about = {"command": command, "torch_booster": __version__}
     output = Path(args.output)
     try:
         record = jobs.run(wanted, args.device, args.limit, output, about)
