@@ -63,7 +63,7 @@ _REAL: dict[str, Any] = {
     "attack.adapters": "single",
     "attack.p": 0.2,
     "attack.samples": 700,  # of the 731 short reviews that the mixture has
-    "attack.steps": 160,
+    "attack.steps": 240,
     "attack.lr": 5e-5,
     "score.samples": 50,
     "score.every": 20,
