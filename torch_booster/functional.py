@@ -109,7 +109,7 @@ def perturb_(
     """Moves the live weights to w′ᵢ = wᵢ − sᵢ·gᵢ.
 
     No temporary of the size of the weights is made. Weights narrower than 32 bits are computed in
-    float32, as many at a time as have the size of the largest, and rounded once.
+    float32, one tensor at a time, and rounded once.
 
     Args:
         params: Live weights, at w.
@@ -126,57 +126,25 @@ def perturb_(
         >>> w
         tensor([0.7000, 1.6000])
     """
-    moved = list(params) if any(p.dtype.itemsize < 4 for p in params) else None
     for indices, (live, w) in _alike(params, weights):
         narrow = live[0].dtype.itemsize < 4
         s = moved_to(sizes, live[0].device, torch.float32 if narrow else live[0].dtype)
-        of = s.expand(len(params)).unbind()
-        each, g = [of[i] for i in indices], [grads[i] for i in indices]
+        parts = s.expand(len(params)).unbind()
+        each = [parts[i] for i in indices]
         if narrow:
-            lengths: list[Tensor] = []
-            for part in _parts(live):
-                own = each[part] if sizes.ndim else s
-                lengths += _perturb_narrow_(live[part], w[part], g[part], own)
-        else:
-            g = [x.to(s.dtype) if x.dtype is not s.dtype else x for x in g]
-            if sizes.ndim or live[0].device.type == "cpu":
-                torch._foreach_addcmul_(live, g, each, -1)
-            else:  # three launches, where the line above would make one for each tensor
-                torch._foreach_copy_(live, g)
-                torch._foreach_mul_(live, -s)
-                torch._foreach_add_(live, w)
-            pairs = zip(live, w, strict=True) if moved else ()
-            lengths = [torch.linalg.vector_norm(p - at) for p, at in pairs]
-        if moved:
-            _put(moved, indices, lengths)
-    return moved
-
-
-def _perturb_narrow_(
-    live: list[Tensor], weights: list[Tensor], grads: list[Tensor], sizes: Tensor | list[Tensor]
-) -> list[Tensor]:
-    """The same for tensors of one narrow dtype, all at once, and their norms."""
-    at, step = ([torch.empty_like(p, dtype=torch.float32) for p in live] for _ in range(2))
-    torch._foreach_copy_(at, weights)
-    torch._foreach_copy_(step, grads)
-    torch._foreach_mul_(step, sizes)
-    torch._foreach_sub_(at, step)
-    torch._foreach_copy_(live, at)
-    torch._foreach_copy_(at, live)
-    torch._foreach_copy_(step, weights)
-    torch._foreach_sub_(at, step)
-    return norms(at)
-
-
-def _parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Neighbours that are together no larger than the largest tensor."""
-    most, start, size = max(t.numel() for t in tensors), 0, 0
-    for i, tensor in enumerate(tensors):
-        if size + tensor.numel() > most:
-            yield slice(start, i)
-            start, size = i, 0
-        size += tensor.numel()
-    yield slice(start, len(tensors))
+            for p, at, i, s_i in zip(live, w, indices, each, strict=True):
+                p.copy_(torch.addcmul(at.float(), grads[i].to(s.dtype), s_i, value=-1))
+            continue
+        g = [grads[i].to(s.dtype) if grads[i].dtype is not s.dtype else grads[i] for i in indices]
+        if sizes.ndim or live[0].device.type == "cpu":
+            torch._foreach_addcmul_(live, g, each, -1)
+        else:  # three launches, where the line above would make one for each tensor
+            torch._foreach_copy_(live, g)
+            torch._foreach_mul_(live, -s)
+            torch._foreach_add_(live, w)
+    if all(p.dtype.itemsize >= 4 for p in params):
+        return None
+    return [torch.linalg.vector_norm(p.float() - w) for p, w in zip(params, weights, strict=True)]
 
 
 def copying(into: Sequence[Tensor], values: Sequence[Tensor]) -> Callable[[], object]:
