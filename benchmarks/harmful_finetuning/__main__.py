@@ -50,6 +50,7 @@ from benchmarks.harmful_finetuning.experiments import (
     points,
     tuning_points,
 )
+from benchmarks.harmful_finetuning.intervals import break_step
 from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.presets import PRESETS, preset
 from benchmarks.harmful_finetuning.settings import Settings, changed, config_flags
@@ -473,6 +474,8 @@ def _tuned(settings: Settings, point: Point, record: runs.Record) -> dict[str, A
         "seed": point.run.seed,
         **{name: value for name, value in record["attacked"].items() if name in results.SCORES},
         "aligned_harmful_loss": record["aligned"]["harmful_loss"],
+        "aligned_harmful_score": record["aligned"]["harmful_score"],
+        "break": break_step([(p["step"], p["harmful_score"]) for p in record["curve"]]),
     }
 
 

@@ -233,10 +233,11 @@ class Page(NamedTuple):
         """Where the harmful gradient lies."""
         return f"{gradients(self.tables, trained)}\n\n{self.command('landscape', trained)}"
 
-    def tuning(self, trained: str) -> str:
+    def tuning(self, trained: str, round_: str = "") -> str:
         """The scores of every candidate."""
+        found = tuning(self.tables, trained, round_)
         command = f"python -m benchmarks.harmful_finetuning tune --trained {trained}"
-        return f"{tuning(self.tables, trained)}\n\n```bash\n{command}\n```"
+        return found if round_ else f"{found}\n\n```bash\n{command}\n```"
 
     def said(self, name: str, trained: str) -> str:
         """Answers of all methods to the same prompts, side by side."""

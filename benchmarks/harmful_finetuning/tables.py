@@ -402,7 +402,11 @@ def tuning(tables: Tables, trained: str, round_: str = "") -> str:
     """The scores of each candidate on validation prompts, seed by seed."""
     rows = tables["tuning"]
     rows = rows[(rows["round"] == round_) & (rows["trained"] == trained)]
-    scores = measured(rows)
+    more = {
+        "aligned_harmful_score": ("harmful score before the attack, %", 0),
+        "break": ("break at step", 0),
+    }
+    scores = measured(rows) | {k: v for k, v in more.items() if k in rows and rows[k].notna().any()}
     by_setting = rows.groupby(["kind_samples", "method", "setting"], sort=False)
     return markdown(
         ["method", "setting", *(name for name, _ in scores.values())],
