@@ -26,6 +26,7 @@ import itertools
 
 from rich.progress import Progress
 
+from benchmarks import rounding
 from benchmarks.harmful_finetuning import (
     __main__,
     data,
@@ -652,6 +653,16 @@ def test_an_experiment_from_the_command_line(
         assert places == [(m, p) for p in (0.0, 0.2) for m in ("sft", "booster")]
         (command,) = tables["commands"]["command"]
         assert command.endswith("--preset quick --seeds 0 --methods sft booster")
+
+
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_a_recorded_command_names_no_folder_of_this_machine(joint: str) -> None:
+    places = f"--cache{joint}/a/cache --output{joint}/an/output --workers{joint}2".split()
+    kept = f"--base.model{joint}/a/model --attack.p{joint}0.2 --given booster.lam=1".split()
+    recorded = __main__._reproducing(["run", "tasks", *places, *kept], "tasks")
+    assert recorded.endswith("run tasks --base.model model --attack.p 0.2 --given booster.lam=1")
+    own = rounding._reproducing(f"--output{joint}/an/output --seed{joint}1".split())
+    assert own == ["--seed", "1"]
 
 
 def test_cost_of_a_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
