@@ -70,7 +70,8 @@ def booster(model: nn.Module, config: Mapping[str, Any]) -> BoosterOptimizer:
             f"alpha, norm, {', '.join(COUNTS)}."
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    return BoosterOptimizer(torch.optim.AdamW(trained, lr=lr, weight_decay=decay), **told)
+    base = torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
+    return BoosterOptimizer(base, **told, module=model)
 
 
 class BoosterCallback(TrainerCallback):  # pyright: ignore[reportUntypedBaseClass]
