@@ -25,6 +25,7 @@ What is finished is kept under ``--cache``: an interrupted run goes on where it 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -162,6 +163,7 @@ def summary(wanted: list[Run], records: list[dict[str, Any]]) -> pd.DataFrame:
             "harmful score": record["attacked"]["harmful_score"],
             "accuracy": record["attacked"]["finetune_accuracy"],
             "break": break_step([(x["step"], x["harmful_score"]) for x in record["curve"]]),
+            "steps": run.settings.attack.steps,
         }
         for run, record in zip(wanted, records, strict=True)
     ]
@@ -175,8 +177,15 @@ def table(scores: pd.DataFrame) -> str:
         "worst base": ("harmful score", "max"),
         "finetune accuracy ↑, %": ("accuracy", "mean"),
         "first broken at step": ("break", "min"),
+        "steps": ("steps", "max"),
     }
-    return scores.groupby(["method", "p"], sort=False).agg(**columns).round(1).to_string()
+    rows = scores.groupby(["method", "p"], sort=False).agg(**columns).round(1)
+    last = rows.pop("steps")
+    rows["first broken at step"] = [
+        f"not within {steps}" if math.isinf(step) else f"{step:.0f}"
+        for step, steps in zip(rows["first broken at step"], last, strict=True)
+    ]
+    return rows.to_string()
 
 
 def verdict(scores: pd.DataFrame) -> str:
