@@ -24,7 +24,6 @@ What is finished is kept under ``--cache``: an interrupted run goes on where it 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -119,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(records: list[dict[str, Any]], folder: Path) -> None:
     """Writes the records, whole or not at all, and draws the harmful score over attack steps."""
-    unfinished = folder / "results.json.unfinished"
-    unfinished.write_text(json.dumps(records, indent=1) + "\n")
-    unfinished.replace(folder / "results.json")
+    runs.write_json(folder / "results.json", records, indent=1)
     points = pd.DataFrame(
         {
             "aligned with": METHODS[record["method"]].label,

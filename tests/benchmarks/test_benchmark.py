@@ -311,6 +311,25 @@ def test_finished_runs_are_kept_after_an_interruption(
     assert not list(cache.glob("*unfinished*"))
 
 
+def test_a_json_file_that_is_not_finished_does_not_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "record.json"
+    runs.write_json(file, [1])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runs.write_json(file, [2])
+    assert json.loads(file.read_text()) == [1]
+    runs.write_json(file, [3], indent=1)
+    assert file.read_text() == "[\n 3\n]\n"
+    assert [*tmp_path.iterdir()] == [file]  # the next one takes the place of what was left
+
+
 POOL = """
 import sys, time
 from pathlib import Path
