@@ -43,7 +43,8 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
 from benchmarks.harmful_finetuning import runs
-from benchmarks.harmful_finetuning.intervals import BROKEN, break_step
+from benchmarks.harmful_finetuning.figures import attacks
+from benchmarks.harmful_finetuning.intervals import break_step
 from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.presets import preset
 from benchmarks.harmful_finetuning.runs import Run
@@ -123,30 +124,14 @@ def write(records: list[dict[str, Any]], folder: Path) -> None:
         {
             "aligned with": METHODS[record["method"]].label,
             "p": record["settings"]["attack"]["p"],
-            "seed": record["seed"],
             "attack step": point["step"],
             "harmful score, %": point["harmful_score"],
         }
         for record in records
         for point in record["curve"]
     )
-    kinds = {"hue": "aligned with", "style": "aligned with", "markers": True, "dashes": True}
     with mpl.rc_context({"backend": "agg"}), sns.axes_style("whitegrid"):
-        grid = sns.relplot(
-            data=points,
-            x="attack step",
-            y="harmful score, %",
-            col="p",
-            kind="line",
-            errorbar=("pi", 100),
-            height=3,
-            **kinds,
-        )
-        grid.set(ylim=(-3, 103))
-        grid.refline(y=BROKEN)
-        note = f"dashed line: broken; band: range of {points['seed'].nunique()} base models"
-        grid.figure.supxlabel(note, fontsize="small", y=-0.04)
-        grid.savefig(folder / "plot.png", dpi=110)
+        attacks(points).savefig(folder / "plot.png", dpi=110, bbox_inches="tight")
 
 
 def summary(wanted: list[Run], records: list[dict[str, Any]]) -> pd.DataFrame:
