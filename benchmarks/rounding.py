@@ -518,7 +518,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _reproducing(argv: list[str] | None) -> list[str]:
     """The command line without the folders of this machine."""
-    words = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    words = [part for word in given for part in word.split("=", 1)]
     places = {i for i, word in enumerate(words) if word == "--output"}
     return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
 

@@ -24,7 +24,7 @@ What is finished is kept under ``--cache``: an interrupted run goes on where it 
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -43,7 +43,8 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
 from benchmarks.harmful_finetuning import runs
-from benchmarks.harmful_finetuning.intervals import BROKEN, break_step
+from benchmarks.harmful_finetuning.figures import attacks
+from benchmarks.harmful_finetuning.intervals import break_step
 from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.presets import preset
 from benchmarks.harmful_finetuning.runs import Run
@@ -118,37 +119,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(records: list[dict[str, Any]], folder: Path) -> None:
     """Writes the records, whole or not at all, and draws the harmful score over attack steps."""
-    unfinished = folder / "results.json.unfinished"
-    unfinished.write_text(json.dumps(records, indent=1) + "\n")
-    unfinished.replace(folder / "results.json")
+    runs.write_json(folder / "results.json", records, indent=1)
     points = pd.DataFrame(
         {
             "aligned with": METHODS[record["method"]].label,
             "p": record["settings"]["attack"]["p"],
-            "seed": record["seed"],
             "attack step": point["step"],
             "harmful score, %": point["harmful_score"],
         }
         for record in records
         for point in record["curve"]
     )
-    kinds = {"hue": "aligned with", "style": "aligned with", "markers": True, "dashes": True}
     with mpl.rc_context({"backend": "agg"}), sns.axes_style("whitegrid"):
-        grid = sns.relplot(
-            data=points,
-            x="attack step",
-            y="harmful score, %",
-            col="p",
-            kind="line",
-            errorbar=("pi", 100),
-            height=3,
-            **kinds,
-        )
-        grid.set(ylim=(-3, 103))
-        grid.refline(y=BROKEN)
-        note = f"dashed line: broken; band: range of {points['seed'].nunique()} base models"
-        grid.figure.supxlabel(note, fontsize="small", y=-0.04)
-        grid.savefig(folder / "plot.png", dpi=110)
+        attacks(points).savefig(folder / "plot.png", dpi=110, bbox_inches="tight")
 
 
 def summary(wanted: list[Run], records: list[dict[str, Any]]) -> pd.DataFrame:
@@ -162,6 +145,7 @@ def summary(wanted: list[Run], records: list[dict[str, Any]]) -> pd.DataFrame:
             "harmful score": record["attacked"]["harmful_score"],
             "accuracy": record["attacked"]["finetune_accuracy"],
             "break": break_step([(x["step"], x["harmful_score"]) for x in record["curve"]]),
+            "steps": run.settings.attack.steps,
         }
         for run, record in zip(wanted, records, strict=True)
     ]
@@ -175,8 +159,15 @@ def table(scores: pd.DataFrame) -> str:
         "worst base": ("harmful score", "max"),
         "finetune accuracy ↑, %": ("accuracy", "mean"),
         "first broken at step": ("break", "min"),
+        "steps": ("steps", "max"),
     }
-    return scores.groupby(["method", "p"], sort=False).agg(**columns).round(1).to_string()
+    rows = scores.groupby(["method", "p"], sort=False).agg(**columns).round(1)
+    last = rows.pop("steps")
+    rows["first broken at step"] = [
+        f"not within {steps}" if math.isinf(step) else f"{step:.0f}"
+        for step, steps in zip(rows["first broken at step"], last, strict=True)
+    ]
+    return rows.to_string()
 
 
 def verdict(scores: pd.DataFrame) -> str:

@@ -490,6 +490,7 @@ def _with_progress(command: Common, console: Console, work: Callable[[Path, Prog
 
 def _reproducing(argv: list[str], name: str) -> str:
     """The command line of one experiment; of folders of this machine it has the names."""
+    argv = [part for word in argv for part in word.split("=", 1 if word.startswith("--") else 0)]
     places = {i for i, word in enumerate(argv) if word in ("--cache", "--output", "--workers")}
     kept = [
         Path(word).name if Path(word).is_absolute() else word

@@ -253,10 +253,11 @@ def _represented(model: Any, tokenizer: Any, settings: Settings, examples: list[
 
 
 def _jump(model: Any, length: float) -> None:
+    if not length:  # nor is a random number drawn, which what follows would depend on
+        return
     moved = list(model.parameters())  # frozen ones too: a new LoRA starts at zero
     noise = [torch.randn_like(p) * p.detach().norm() / (p.numel() ** 0.5) for p in moved]
-    if length:
-        _move(moved, [length * d for d in _of_length_one(noise)])
+    _move(moved, [length * d for d in _of_length_one(noise)])
 
 
 def _optimizer(attacker: Attacker, model: Any) -> Optimizer:

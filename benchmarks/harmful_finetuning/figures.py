@@ -16,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from benchmarks.harmful_finetuning.intervals import BROKEN
 from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.results import Tables, frame
 from benchmarks.harmful_finetuning.tables import Answers
@@ -84,6 +85,30 @@ def _one_legend(figure: Figure) -> None:
         ncols=min(3, len(found)),
         frameon=False,
     )
+
+
+def attacks(points: pd.DataFrame) -> Figure:
+    """The harmful score during attacks, a panel for each p.
+
+    Args:
+        points: A row an evaluation: "aligned with", "p", "attack step" and "harmful score, %".
+    """
+    kinds: dict[str, Any] = {"hue": "aligned with", "style": "aligned with", "markers": True}
+    grid = sns.relplot(
+        data=points,
+        x="attack step",
+        y="harmful score, %",
+        col="p",
+        kind="line",
+        errorbar=("pi", 100),
+        height=3,
+        **kinds,
+    )
+    grid.set(ylim=(-3, 103))
+    grid.refline(y=BROKEN)
+    note = "line: mean of the seeds; band: their range; dashed: from here on a model is broken"
+    grid.figure.supxlabel(note, fontsize="small", y=-0.04)
+    return grid.figure
 
 
 def _bases(runs: pd.DataFrame) -> str:

@@ -14,10 +14,9 @@ from statistics import fmean, median
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from benchmarks.harmful_finetuning.figures import plain_svg
+from benchmarks.harmful_finetuning.figures import attacks, plain_svg
 from benchmarks.harmful_finetuning.intervals import MISSING, break_step
 from benchmarks.harmful_finetuning.packaged import PACKAGES
 from benchmarks.harmful_finetuning.results import SCORES
@@ -201,20 +200,7 @@ def picture(card: Card) -> Figure:
         for scores in seeds.values()
         for step, score in scores["curve"]
     )
-    kinds: dict[str, Any] = {"hue": "aligned with", "style": "aligned with", "markers": True}
-    grid = sns.relplot(
-        data=points,
-        x="attack step",
-        y="harmful score, %",
-        col="p",
-        kind="line",
-        errorbar=("pi", 100),
-        height=3,
-        **kinds,
-    )
-    grid.set(ylim=(-3, 103))
-    grid.figure.supxlabel("line: mean of the seeds; band: their range", fontsize="small", y=-0.04)
-    return grid.figure
+    return attacks(points)
 
 
 def write(card: Card, folder: Path) -> list[Path]:

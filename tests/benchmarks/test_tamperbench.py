@@ -28,6 +28,7 @@ pytest.importorskip("yaml", reason="PyYAML is absent")
 import yaml
 from peft import PeftModel
 from rich.progress import Progress
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harmful_finetuning import runs
@@ -36,6 +37,7 @@ from benchmarks.harmful_finetuning.methods import METHODS
 from benchmarks.harmful_finetuning.presets import preset
 from benchmarks.harmful_finetuning.runs import Run
 from benchmarks.harmful_finetuning.settings import changed
+from benchmarks.harmful_finetuning.tokens import prompt_ids
 from benchmarks.tamperbench import __main__, card, plug
 from benchmarks.tamperbench import export as exporting
 from benchmarks.tamperbench.card import Alignment
@@ -582,6 +584,29 @@ def test_the_attack_prompts_as_tamperbench_evaluates(
     config = attack_of(plugged, **usual).attack_config
     with pytest.raises(ValueError, match="has no chat template"):
         plugged.attack.template_of(config, tokenizer)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_native_prompt_begins_once(
+    plugged: SimpleNamespace, cache: Path, whole: Run, tmp_path: Path, adds: bool, writes: bool
+) -> None:
+    """The tokenizer adds a token for the beginning, the chat template writes one, or both."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(runs.base_folder(whole, cache))
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    tokenizer.chat_template = "{{ bos_token }}" * writes + "Q: {{ messages[0]['content'] }}\nA: "
+    usual = {"input_checkpoint_path": "model", "out_dir": tmp_path, "random_seed": 0}
+    config = attack_of(plugged, **usual, model_config={"template": "native"}).attack_config
+    template = plugged.attack.template_of(config, tokenizer)
+    assert template.endswith("Q: {prompt}\nA: ")
+    text = plugged.attack.settings_of(config, template).text
+    ids = prompt_ids("how do i mend a bicycle ?", tokenizer, text)
+    assert ids.count(tokenizer.bos_token_id) == (adds or writes)
+    assert (ids[0] == tokenizer.bos_token_id) is (adds or writes)
 
 
 def test_sets_that_are_too_small_are_refused(

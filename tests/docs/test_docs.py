@@ -376,10 +376,25 @@ def test_the_named_commands_are_in_the_makefile(file: str) -> None:
     assert set(commands) <= set(targets)
 
 
-def test_no_sentence_of_the_readme_has_more_than_three_numbers() -> None:
-    text = re.sub(r"^```.*?^```|^    .*?$|^\|.*?$|\]\([^)]*\)", "", README, flags=re.M | re.S)
-    for sentence in re.split(r"(?<=[.:?])\s", " ".join(text.split())):
-        assert len(re.findall(r"\d+(?:\.\d+)*", sentence)) <= 3, sentence
+def sentences(markdown: str) -> Iterator[str]:
+    """Those of the prose: code, tables and the targets of links are left out."""
+    prose = re.sub(FENCE, "", markdown)
+    prose = re.sub(r"^    .*$|^ *\|.*$|\]\([^)]*\)|`[^`]*`", "", prose, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n(?= *(?:[-*#!]|\d+\.) )", prose):
+        yield from re.split(r"(?<=[.:?])\s", " ".join(paragraph.split()))
+
+
+READ = [ROOT / "README.md", *PAGES.values(), *sorted(ROOT.glob("benchmarks/**/README.md"))]
+FULL_OF_NUMBERS = {DOCS / "cost.md", ROOT / "benchmarks" / "README.md"}  # to be rewritten
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_sentence_has_more_than_three_numbers(page: Path) -> None:
+    """A name with a digit in it (float32) is none, and 1,000 is one."""
+    if page in FULL_OF_NUMBERS:
+        pytest.skip("its sentences are still to be split")
+    for sentence in sentences(page.read_text()):
+        assert len(re.findall(r"(?<!\w)\d+(?:[.,]\d+)*", sentence)) <= 3, sentence
 
 
 # ------------------------------------------------------------------------------------- site

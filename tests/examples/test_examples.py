@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import subprocess
@@ -129,6 +130,19 @@ def test_the_sentence_says_so_where_it_went_wrong(booster: float, before: float,
     sentence = lora_alignment.verdict(scores)
     assert said in sentence
     assert "; Booster at 33 %." in sentence
+
+
+def test_the_table_says_in_words_that_a_model_never_broke() -> None:
+    columns = ["method", "p", "harmful score", "accuracy", "break", "steps"]
+    rows = [
+        ("SFT", 0.2, 98.0, 99.0, 250.0, 600),
+        ("SFT", 0.2, 96.0, 99.0, math.inf, 600),
+        ("Booster", 0.2, 0.0, 99.0, math.inf, 600),
+    ]
+    said = lora_alignment.table(pd.DataFrame(rows, columns=columns)).splitlines()
+    assert said[-2].split()[-1] == "250"  # the first of the two bases
+    assert said[-1].endswith(" not within 600")
+    assert "inf" not in "".join(said)
 
 
 def test_second_run_trains_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

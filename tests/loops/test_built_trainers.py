@@ -151,16 +151,18 @@ def test_ms_swift_trains_on_the_booster_gradient(swift: Any, tmp_path: Path) -> 
     assert isinstance(trainer.optimizer, BoosterOptimizer)
 
 
-def test_ms_swift_is_told_what_is_not_served(swift: Any, tmp_path: Path) -> None:
+def test_ms_swift_is_told_that_there_is_no_harmful_dataset(swift: Any) -> None:
     with pytest.raises(ValueError, match="harmful is empty"):
         swift.serve([])
+
+
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_ms_swift_is_told_what_is_not_served(swift: Any, option: str) -> None:
+    """Before the trainer is built: it gets nothing that it could be built of."""
     swift.serve([sentences(8, 2)])
     with pytest.raises(ValueError, match="does not serve packing"):
         swift.BoosterSeq2SeqTrainer(
-            model=tiny_llama(),
-            args=arguments(tmp_path),
-            template=template(packing=True),
-            train_dataset=sentences(8, 1),
+            model=None, args=None, template=template(**{option: True}), train_dataset=[]
         )
 
 

@@ -158,6 +158,25 @@ def test_each_step_is_the_formula(factory: Any) -> None:
             torch.testing.assert_close(found, g * (CLIP / norm), rtol=1e-5, atol=1e-7)
 
 
+def test_harmful_passes_leave_the_buffers_as_they_are(factory: Any) -> None:
+    class Counting(toolkits.TokenModel):
+        """Counts the tokens that it has seen."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+        def forward(self, input_ids: Tensor, **given: Any) -> Any:
+            self.seen += input_ids.numel()
+            return super().forward(input_ids, **given)
+
+    trainer = trainer_on(Counting())
+    trainer.callback_handler.add_callback(factory.BoosterCallback(trainer, rows(2)))
+    trainer.fit()
+    batches = STEPS * trainer.args.global_batch_size
+    assert trainer.model.seen == 7 * batches < sum(x["input_ids"].numel() for x in trainer.passes)
+
+
 def harmful_batches(trainer: Any) -> list[Tensor]:
     """What the regularisers to come are given."""
     found: list[Tensor] = []

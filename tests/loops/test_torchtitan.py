@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,7 +106,7 @@ def trainer_on(titan: Any, model: nn.Module, **changes: Any) -> Any:
         "step": 0,
         "device": torch.device("cpu"),
         "loss_fn": loss_fn,
-        "harmful_batches": titan._repeated([]),
+        "harmful": titan._stream([]),
     }
     vars(trainer).update(put)
     if ON == "real":
@@ -118,7 +119,7 @@ def test_each_step_is_the_formula(titan: Any) -> None:
     model = Model().double()
     trainer = trainer_on(titan, model)
     trainer._begin(trainer.config)
-    trainer.harmful_batches = batches(2)
+    trainer.harmful = titan.HarmfulStream(batches(2))
     names = [n for n, _ in model.named_parameters()]
     steps: list[tuple[list[Tensor], list[Tensor]]] = []
 
@@ -157,6 +158,32 @@ def test_each_step_is_the_formula(titan: Any) -> None:
         assert norm > CLIP
         for found, g in zip(grads, whole, strict=True):
             torch.testing.assert_close(found, g * (CLIP / norm), rtol=1e-4, atol=1e-9)
+
+
+def test_each_regulariser_has_its_batch_in_a_resumed_run_too(titan: Any) -> None:
+    harmful = list(islice(batches(2), 3))
+
+    def given(first: int, steps: int) -> list[int]:
+        """Which batches the regularisers are given."""
+        trainer = trainer_on(titan, Model(), every=2)
+        trainer._begin(trainer.config)
+        trainer.harmful = titan._stream(harmful)
+        for group in trainer.booster.param_groups:
+            group["booster_step"] = first
+        found: list[int] = []
+
+        def loss(scores: Tensor, labels: Tensor, tokens: Tensor, **rest: Any) -> Any:
+            found.extend(n for n, (_, x) in enumerate(harmful) if torch.equal(x, labels))
+            return loss_fn(scores, labels, tokens, **rest)
+
+        trainer.loss_fn = loss
+        for _ in range(steps):
+            trainer.train_step(batches(1))
+        return found
+
+    # Two passes each, and a third of the first, which looks whether they repeat.
+    assert given(0, 9) == [0, 0, 0, 1, 1, 2, 2, 0, 0, 1, 1]
+    assert given(4, 5) == [2, 2, 2, 0, 0, 1, 1]
 
 
 def test_lam_zero_reads_no_harmful_batch(titan: Any) -> None:

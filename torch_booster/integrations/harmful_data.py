@@ -1,11 +1,11 @@
-"""What is refused of a harmful dataset before a run begins, by its name and with the remedy."""
+"""The harmful data of trainers: what is refused of it before a run, and its batches by number."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch_booster.checks import shown
 
 __all__ = [
+    "HarmfulStream",
     "checked_dataset",
     "checked_first_batch",
     "checked_labels",
     "first_rows",
+    "repeated",
     "rows_dropped",
 ]
 
@@ -188,3 +190,48 @@ def _carrying(batch: Any) -> tuple[int, int] | None:
         return None
     real = mask.bool()
     return int(torch.logical_and(labels != -100, real).sum()), int(real.sum())
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def repeated(epoch: Callable[[int], Iterable[Any]], empty: str) -> Iterator[Any]:
+    """The batches of epoch after epoch, without end.
+
+    Args:
+        epoch: Gives the batches of an epoch, by its number.
+        empty: What to say where an epoch has none.
+
+    Raises:
+        ValueError: An epoch has none.
+    """
+    for number in count():
+        found = False
+        for batch in epoch(number):
+            found = True
+            yield batch
+        if not found:
+            raise ValueError(empty)
+
+
+class HarmfulStream:
+    """The batches of a stream by their number, of which those before are read past.
+
+    Batch n belongs to the n-th regulariser. A resumed run thus goes on where it was, and a step
+    that was not taken has its batch again.
+
+    Args:
+        batches: The stream from its beginning.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self._drawn = 0
+        self._batch: Any = None
+
+    def batch(self, number: int) -> Any:
+        """The batch of a number, which is not lower than the last one asked for."""
+        while self._drawn <= number:
+            self._batch = next(self._batches)
+            self._drawn += 1
+        return self._batch

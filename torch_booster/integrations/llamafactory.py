@@ -17,7 +17,7 @@ Importing this module makes the name known. The older trainers are `transformers
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import count, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from llamafactory.v1.utils.helper import (  # pyright: ignore[reportMissingImpor
 )
 from torch import Tensor, nn
 
+from torch_booster.integrations.harmful_data import HarmfulStream, repeated
 from torch_booster.optimizer import BoosterOptimizer
 
 __all__ = ["BoosterCallback", "booster"]
@@ -70,7 +71,8 @@ def booster(model: nn.Module, config: Mapping[str, Any]) -> BoosterOptimizer:
             f"alpha, norm, {', '.join(COUNTS)}."
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    return BoosterOptimizer(torch.optim.AdamW(trained, lr=lr, weight_decay=decay), **told)
+    base = torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
+    return BoosterOptimizer(base, **told, module=model)
 
 
 class BoosterCallback(TrainerCallback):  # pyright: ignore[reportUntypedBaseClass]
@@ -104,42 +106,32 @@ class BoosterCallback(TrainerCallback):  # pyright: ignore[reportUntypedBaseClas
                 "optim_config: {name: booster, lr: ...}."
             )
         self.trainer = trainer
-        self.batches = self._batches(
-            BatchGenerator(
-                dataset=harmful_dataset,
-                renderer=trainer.renderer,
-                micro_batch_size=micro_batch_size or trainer.args.micro_batch_size,
-                cutoff_len=trainer.args.cutoff_len,
-                seed=trainer.args.seed,
-            )
+        generator = BatchGenerator(
+            dataset=harmful_dataset,
+            renderer=trainer.renderer,
+            micro_batch_size=micro_batch_size or trainer.args.micro_batch_size,
+            cutoff_len=trainer.args.cutoff_len,
+            seed=trainer.args.seed,
         )
-        self.drawn, self.batch = 0, None
 
-    @staticmethod
-    def _batches(generator: Any) -> Iterator[Any]:
-        """This rank's micro-batches, epoch after epoch."""
-        for epoch in count():
-            generator.set_epoch(epoch)
-            empty = True
-            for micro_batches in generator:
-                empty = False
-                yield from micro_batches
-            if empty:
-                raise ValueError(
-                    "harmful_dataset has fewer rows than a batch on all ranks. Give more rows, or "
-                    "a smaller micro_batch_size."
-                )
+        def epoch(number: int) -> Iterator[Any]:
+            """This rank's micro-batches."""
+            generator.set_epoch(number)
+            return chain.from_iterable(generator)
+
+        empty = (
+            "harmful_dataset has fewer rows than a batch on all ranks. Give more rows, or a "
+            "smaller micro_batch_size."
+        )
+        self.harmful = HarmfulStream(repeated(epoch, empty))
 
     def on_step_begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         """Runs the harmful passes, where the step to come has a regulariser."""
         optimizer = self.trainer.optimizer
         if not optimizer.is_due():
             return
-        turn = optimizer.step_count // optimizer.every
-        if turn >= self.drawn:  # else the trainer skipped the step, whose gradients were not finite
-            (self.batch,) = islice(self.batches, turn - self.drawn, turn - self.drawn + 1)
-            self.drawn = turn + 1
-        batch = self.batch
+        # The last one again where the trainer skipped a step, whose gradients were not finite.
+        batch = self.harmful.batch(optimizer.step_count // optimizer.every)
         ranks = DistributedInterface()
         own = compute_valid_tokens([batch])
         everywhere = ranks.all_reduce(own, op=ReduceOp.SUM)

@@ -39,13 +39,13 @@ class BoosterSeq2SeqTrainer(
     harmful_paths: Sequence[str] = ()
     arguments: BoosterArguments | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, booster_args=self.arguments, **kwargs)
-        if self.template.packing or self.template.padding_free:
+    def __init__(self, model: Any, args: Any, template: Any, *rest: Any, **kwargs: Any) -> None:
+        if template.packing or template.padding_free:
             raise ValueError(
                 "BoosterSeq2SeqTrainer does not serve packing and padding_free, with which "
                 "harmful rows would be laid out otherwise. Switch both off."
             )
+        super().__init__(model, args, template, *rest, booster_args=self.arguments, **kwargs)
         if self.harmful_paths:
             rows, _ = load_dataset(list(self.harmful_paths), split_dataset_ratio=0.0)
             encode, seed = self.template.encode, self.args.data_seed

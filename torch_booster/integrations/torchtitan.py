@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal
 
 from torch import Tensor
@@ -26,6 +25,7 @@ from torchtitan.distributed import (  # pyright: ignore[reportMissingImports]
 )
 from torchtitan.trainer import Trainer  # pyright: ignore[reportMissingImports]
 
+from torch_booster.integrations.harmful_data import HarmfulStream, repeated
 from torch_booster.optimizer import BoosterOptimizer
 
 __all__ = ["BoosterTrainer"]
@@ -62,16 +62,15 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
         self._begin(config)
         meshes = self.parallel_dims
         batch: Any = meshes.get_mesh("batch") if meshes.dp_enabled else None
-        self.harmful_batches = _repeated(
-            config.harmful_dataloader.build(
-                dp_world_size=1 if batch is None else batch.size(),
-                dp_rank=0 if batch is None else batch.get_local_rank(),
-                tokenizer=self.tokenizer,
-                seq_len=config.training.seq_len,
-                local_batch_size=config.training.local_batch_size,
-                snapshot_every_n_steps=None,
-            )
+        loader = config.harmful_dataloader.build(
+            dp_world_size=1 if batch is None else batch.size(),
+            dp_rank=0 if batch is None else batch.get_local_rank(),
+            tokenizer=self.tokenizer,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size,
+            snapshot_every_n_steps=None,
         )
+        self.harmful = _stream(loader)
 
     def _begin(self, config: Any) -> None:
         if self.parallel_dims.pp_enabled:
@@ -101,7 +100,6 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
             module=self.model_parts[0],
         )
         self.optimizers.optimizers[0] = self.booster
-        self.drawn = 0
         self.regularized = False
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
@@ -119,10 +117,7 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
     def _regularize(self, run: Callable[..., Tensor]) -> None:
         if not self.booster.is_due():
             return
-        turn = self.booster.step_count // self.booster.every
-        skipped = turn - self.drawn  # of a resumed run, what has been used
-        ((inputs, labels),) = islice(self.harmful_batches, skipped, skipped + 1)
-        self.drawn = turn + 1
+        inputs, labels = self.harmful.batch(self.booster.step_count // self.booster.every)
         meshes, device = self.parallel_dims, self.device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         tokens = (labels != IGNORE_INDEX).sum().to(device)
@@ -145,12 +140,7 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
             self.ntokens_seen = seen
 
 
-def _repeated(loader: Any) -> Iterator[Any]:
+def _stream(loader: Any) -> HarmfulStream:
     """The batches of a loader again and again."""
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("harmful_dataloader has no batch. Give it more rows.")
+    empty = "harmful_dataloader has no batch. Give it more rows."
+    return HarmfulStream(repeated(lambda _: loader, empty))

@@ -37,6 +37,7 @@ from torch_booster.integrations.harmful_data import (
     checked_first_batch,
     checked_labels,
     first_rows,
+    repeated,
     rows_dropped,
 )
 from torch_booster.optimizer import BoosterOptimizer
@@ -596,7 +597,15 @@ class BoosterMixin(Trainer):
         if isinstance(sampler, _Shuffles):
             sampler.turn = turn
             return iter(loader)
-        batches = islice(_repeated(loader), self._rank()[0], None, self._rank()[1])
+        dataset: Any = getattr(loader, "dataset", None)
+
+        def epoch(number: int) -> Any:
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(number)
+            return loader
+
+        batches = repeated(epoch, "harmful_dataset is empty.")
+        batches = islice(batches, self._rank()[0], None, self._rank()[1])
         with _random_state_kept():  # of the checkpoint, which has these draws behind it
             for _ in islice(batches, turn):
                 pass
@@ -640,20 +649,6 @@ class _Shuffles(Sampler[int]):
         for position in count(self.turn * self.batch_size * self.ranks + self.rank, self.ranks):
             epoch, index = divmod(position, self.rows)
             yield int(shuffle(epoch)[index])
-
-
-def _repeated(loader: Any) -> Iterator[Any]:
-    """The batches of epoch after epoch, of which the dataset is told where it asks to be."""
-    dataset: Any = getattr(loader, "dataset", None)
-    for epoch in count():
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(epoch)
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("harmful_dataset is empty.")
 
 
 @contextmanager
