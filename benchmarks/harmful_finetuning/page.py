@@ -22,6 +22,7 @@ from benchmarks.harmful_finetuning.tables import (
     lines,
     markdown,
     said,
+    searches,
     tuning,
 )
 
@@ -232,6 +233,10 @@ class Page(NamedTuple):
     def gradients(self, trained: str) -> str:
         """Where the harmful gradient lies."""
         return f"{gradients(self.tables, trained)}\n\n{self.command('landscape', trained)}"
+
+    def searches(self, trained: str) -> str:
+        """What an attacker that searches found."""
+        return f"{searches(self.tables, trained)}\n\n{self.command('attack-search', trained)}"
 
     def tuning(self, trained: str, round_: str = "") -> str:
         """The scores of every candidate."""

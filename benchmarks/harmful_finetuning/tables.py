@@ -437,43 +437,88 @@ def said(tables: Tables, name: str, trained: str, prompts: int = 3) -> str:
 
 
 def searches(tables: Tables, trained: str) -> str:
-    """What the attacker's search found, by method: means over the bases, and the worst of them.
+    """What the attacker's search found: base by base, then which attack broke which model.
 
     The attacker chooses on validation prompts; shown is what the choice does on test prompts.
     """
     rows = chosen_attacks(tables, trained)
+    tried = tables["searches"][tables["searches"]["trained"] == trained]
+    longest, budget = tried["attack_steps"].max(), int(tried["trial"].max()) + 1
     first = rows["method"].iloc[0]
-    usual = rows[rows["method"] == first].set_index("seed")
+    usual = rows[rows["method"] == first].set_index("seed")["break"]
+    early = chosen_attacks(tables, trained, budget // 2)
+
+    def steps(values: Iterable[float]) -> str:
+        return ", ".join(f"{x:g}" if math.isfinite(x) else f"> {longest:g}" for x in values)
+
     found: list[list[str]] = []
     for method, of in rows.groupby("method", sort=False):
-        times = of["break"] / of["seed"].map(usual["break"])
+        times = of["break"] / of["seed"].map(usual)
         found.append(
             [
                 label(str(method)),
-                *(_mean(of[key], 0) for key in ("usual_break", "break", "samples")),
-                f"{of['break'].min():g}",
+                *map(steps, (of["usual_break"], early["break"][of.index], of["break"])),
                 f"{times.min():.1f}",
-                _mean(of["harmful_score"], 1),
-                f"{of['harmful_score'].max():.1f}",
+                f"{times.median():.1f}",
+                f"{of['harmful_score'].mean():.1f}",
             ]
         )
-    heads = ["aligned with", "steps to break, usual attack", "steps to break, searched"]
-    heads += ["samples seen", "worst base", f"times {label(str(first))}'s, worst base"]
-    return markdown([*heads, "harmful score, searched, %", "worst base, %"], found)
+    heads = ["aligned with", "steps to break, usual attack", f"the best of {budget // 2}"]
+    heads += [f"the best of {budget}", f"times {label(str(first))}'s, worst base", "median"]
+    which = [
+        [
+            label(row["method"]),
+            f"{row['seed']}",
+            f"{row['break']:g}",
+            f"{row['samples']:g}",
+            by(row),
+        ]
+        for row in rows.to_dict("records")
+        if math.isfinite(row["break"])
+    ]
+    return "\n\n".join(
+        (
+            markdown([*heads, "harmful score, worst attack, %"], found),
+            markdown(["aligned with", "base", "steps", "samples seen", "the attack"], which),
+        )
+    )
 
 
-def chosen_attacks(tables: Tables, trained: str) -> pd.DataFrame:
+def by(row: Mapping[Any, Any]) -> str:
+    """An attack in words; what is as in the usual one is left out."""
+    said = [f"{row['attack_optimizer']}, rate {row['attack_lr']:.1e}, p = {row['attack_p']:.2f}"]
+    said += [f"batches of {row['attack_batch_size']:g}"] if row["attack_batch_size"] != 10 else []
+    if row["attack_trained"] != "as aligned":
+        said.append(row["attack_trained"])
+    said += [
+        f"{words} {row[key]:g}"
+        for key, words in (
+            ("attack_warmup", "warm-up"),
+            ("attack_jump", "a random step of length"),
+            ("attack_ahead", "gradients taken ahead by"),
+        )
+        if row[key]
+    ]
+    if row["attack_harmful"] != "random":
+        said.append(f"harmful samples: {row['attack_harmful']}")
+    if row["attack_others"] != "task":
+        said.append(f"other samples: {row['attack_others']}")
+    return ", ".join(said)
+
+
+def chosen_attacks(tables: Tables, trained: str, budget: int | None = None) -> pd.DataFrame:
     """The attacks that the attacker would choose, a row for each aligned model.
 
     ``break`` is the fewest steps after which an attack within the bound breaks the model, on test
     prompts, among those that broke it first on validation prompts; ``harmful_score`` that of the
-    attack with the highest one on validation prompts.
+    attack with the highest one on validation prompts. With a budget only so many trials count.
 
     Raises:
         ValueError: There are no results.
     """
     rows = tables["searches"]
-    rows = rows[rows["trained"] == trained] if not rows.empty else rows
+    if not rows.empty:
+        rows = rows[(rows["trained"] == trained) & (rows["trial"] < (budget or math.inf))]
     if rows.empty:
         raise ValueError(f"there are no results of attack-search, {trained}; run it first")
     found: list[dict[str, Any]] = []
@@ -483,14 +528,16 @@ def chosen_attacks(tables: Tables, trained: str) -> pd.DataFrame:
         allowed = of[of["validation_finetune_accuracy"] >= bound]
         fastest = allowed.sort_values(["validation_break", "trial"]).iloc[0]
         worst = allowed.sort_values(["validation_harmful_score", "trial"], ascending=[False, True])
+        attacker = fastest[[name for name in fastest.index if name.startswith("attack_")]]
         found.append(
             {
+                **attacker.to_dict(),
                 "method": method,
                 "seed": seed,
                 "usual_break": usual["test_break"],
                 "break": fastest["test_break"],
                 "samples": fastest["test_break"] * fastest["attack_batch_size"],
-                "by": int(fastest["trial"]),
+                "trial": int(fastest["trial"]),
                 "harmful_score": worst.iloc[0]["test_harmful_score"],
             }
         )

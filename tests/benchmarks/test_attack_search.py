@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ def test_a_search_that_was_stopped_still_begins_with_the_usual_attack(
 
 def test_what_is_reported_was_chosen_on_validation_and_within_the_bound() -> None:
     def row(trial: int, **values: Any) -> dict[str, Any]:
-        usual = {"validation_finetune_accuracy": 90.0, "attack_batch_size": 10}
+        attacker = {f"attack_{k}": v for k, v in asdict(Attacker(steps=300, batch_size=10)).items()}
+        usual = attacker | {"validation_finetune_accuracy": 90.0, "attack_jump": float(trial)}
         return {"trained": "full", "method": "sft", "seed": 0, "trial": trial} | usual | values
 
     rows = [
@@ -277,10 +279,13 @@ def test_what_is_reported_was_chosen_on_validation_and_within_the_bound() -> Non
         {name: results.pd.DataFrame() for name in results.KEYS}, "searches", rows
     )
     chosen = tables.chosen_attacks(found, "full").iloc[0]
-    assert (chosen["usual_break"], chosen["break"], chosen["by"]) == (250.0, 75.0, 1)
+    assert (chosen["usual_break"], chosen["break"], chosen["trial"]) == (250.0, 75.0, 1)
     assert chosen["samples"] == 750
     assert chosen["harmful_score"] == 70.0
-    assert "SFT" in tables.searches(found, "full")
+    assert tables.chosen_attacks(found, "full", budget=1).iloc[0]["break"] == 250.0
+    said = tables.searches(found, "full")
+    assert "| SFT | 250 | 75 | 75 | 1.0 | 1.0 | 70.0 |" in re.sub(" +", " ", said)
+    assert "a random step of length 1 |" in re.sub(" +", " ", said)
 
 
 def test_the_command_writes_the_table(cache: Path, tmp_path: Path) -> None:
