@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +21,15 @@ from tests.deepspeed.runs import (
     Run,
     Values,
     batch,
+    booster_on,
     config,
     difference,
+    harmful_closure,
+    launch,
+    loss_on,
     noise,
     oracle,
     param_groups,
-    part,
     values,
 )
 from tests.multi_process import run_cases
@@ -110,9 +111,16 @@ def kinds() -> tuple[type[Any], type[Any]]:
     return Plain, Ours
 
 
-def trainer(run: Run, rank: int, folder: str, booster: bool = True, **changes: Any) -> Any:
+def trainer(
+    run: Run,
+    rank: int,
+    folder: str,
+    booster: bool = True,
+    optimizers: tuple[Any, Any] = (None, None),
+    **changes: Any,
+) -> Any:
     surroundings(rank)
-    from transformers import TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     from torch_booster.integrations.transformers import BoosterArguments
 
@@ -142,9 +150,16 @@ def trainer(run: Run, rank: int, folder: str, booster: bool = True, **changes: A
     kind.run = run
     told = BoosterArguments(run.lam, run.alpha, lam_warmup_steps=run.warmup, norm=run.norm)  # type: ignore[arg-type]
     more = {"harmful_dataset": rows(run, True), "booster_args": told} if booster else {}
-    return kind(
-        model=Task(run.net()), args=args, train_dataset=rows(run, False), data_collator=collate, **more
+    made = kind(
+        model=Task(run.net()),
+        args=args,
+        train_dataset=rows(run, False),
+        data_collator=collate,
+        optimizers=optimizers,
+        **more,
     )
+    made.remove_callback(PrinterCallback)
+    return made
 
 
 def weights(made: Any) -> Values:
@@ -185,10 +200,240 @@ def exact() -> dict[str, Run]:
     return made
 
 
+def harmful_passes_leave_nothing_behind(stage: int, folder: str, rank: int) -> None:
+    """λ = 0, and a λ of which float32 leaves 0 but whose passes are run, are the plain Trainer."""
+    run = Run(stage=stage, accumulation=2, clip=1.0)
+    plain = trained(run, rank, folder, booster=False)
+    records, bare = recorded(plain, "loss", "grad_norm"), weights(plain)
+    assert len(records) == run.steps
+    for lam in (0.0, 1e-60):
+        made = trained(replace(run, lam=lam), rank, folder)
+        assert recorded(made, "loss", "grad_norm") == records
+        assert len(recorded(made, "harmful_loss")) == (run.steps if lam else 0)
+        found = weights(made)
+        assert all(torch.equal(found[n], bare[n]) for n in bare), f"λ = {lam}"
+
+
+def recorded(made: Any, *keys: str) -> list[list[float | None]]:
+    """What the trainer has recorded of its steps."""
+    return [[x.get(key) for key in keys] for x in made.state.log_history if keys[0] in x]
+
+
+def a_resumed_run_goes_on(stage: int, folder: str, rank: int) -> None:
+    run = Run(stage=stage, accumulation=2, clip=1.0, warmup=5)
+    folder, keys = f"{folder}/{stage}", ("loss", "grad_norm")
+    made = trained(run, rank, folder, save_strategy="steps", save_steps=3)
+    records, unbroken = recorded(made, *keys), weights(made)
+    checkpoint = f"{folder}/checkpoint-3"
+    made = trainer(run, rank, folder)
+    made.train(resume_from_checkpoint=checkpoint)
+    assert made.accelerator.deepspeed_engine_wrapped.step_count == run.steps
+    assert recorded(made, *keys) == records
+    found = weights(made)
+    assert all(torch.equal(found[n], unbroken[n]) for n in unbroken)
+
+    other = trainer(replace(run, lam=1.0, warmup=0), rank, folder)
+    with pytest.warns(UserWarning, match=r"lam=1\.0 \(5\.0\), lam_warmup_steps=0 \(5\)"):
+        other.train(resume_from_checkpoint=checkpoint)
+    assert other.accelerator.deepspeed_engine_wrapped.lam == 1.0
+    found = weights(other)
+    assert any(not torch.equal(found[n], unbroken[n]) for n in unbroken)
+
+
+def the_records_are_of_the_whole_batch(stage: int, folder: str, rank: int) -> None:
+    """As a plain loop's `BoosterEngine` reads them, of which another test says what they are."""
+    run = Run(stage=stage, accumulation=2)
+    made = trained(run, rank, folder)
+    keys = ("harmful_loss", "harmful_loss_drop", "perturbation_norm", "drop_ratio")
+    records = recorded(made, *keys)
+    weights(made)
+    engine = launch(run, rank)
+    booster = booster_on(run, engine)
+    expected: list[list[float]] = []
+    for step in range(run.steps):
+        for micro in range(run.accumulation):
+            booster.regularize(harmful_closure(engine, rank, step))
+            if not micro:
+                read = booster.read_diagnostics()
+                expected.append([read[key] for key in keys])
+            engine.backward(loss_on(engine, rank, step, micro, False))
+            booster.step()
+    engine.destroy()
+    for record, wanted in zip(records, expected, strict=True):
+        assert record == pytest.approx(wanted, rel=1e-4)
+
+
+def arguments_are_followed_between_steps(stage: int, folder: str, rank: int) -> None:
+    """λ set between two micro-batches counts from the next step on, and none is left out."""
+    from transformers import TrainerCallback
+
+    run = Run(stage=stage, accumulation=2)
+
+    class Late(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            made.booster_args.lam = run.lam if state.global_step == 2 else made.booster_args.lam
+
+    made = trainer(replace(run, lam=0.0), rank, folder)
+    made.add_callback(Late())
+    made.train()
+    assert [x.get("harmful_loss", 0.0) > 0 for x in made.state.log_history[:-1]] == [
+        step > 2 for step in range(run.steps)
+    ]
+    assert made.accelerator.deepspeed_engine_wrapped.lam == run.lam
+    weights(made)
+
+
+def accelerates_loop_follows_the_formula(name: str, run: Run, rank: int) -> None:
+    surroundings(rank)
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    from torch_booster.integrations.accelerate import AcceleratedEngine
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = DeepSpeedPlugin(hf_ds_config=config(run))
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, gradient_accumulation_steps=run.accumulation
+    )
+    model = run.net()
+    optimizer = torch.optim.AdamW(param_groups(run, model), lr=LR, weight_decay=0.1)
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    booster = AcceleratedEngine(accelerator, run.lam, run.alpha, norm=run.norm)  # type: ignore[arg-type]
+
+    def backward(step: int, micro: int, harmful: bool) -> Tensor:
+        loss = loss_on(engine, rank, step, micro, harmful)
+        accelerator.backward(loss)
+        return loss
+
+    seen: list[bool] = []
+    for step in range(run.steps):
+        for micro in range(run.accumulation):
+            with accelerator.accumulate(engine):
+                seen.append(booster.regularize(partial(backward, step, 0, True)) is not None)
+                backward(step, micro, False)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert seen == ([True] + [False] * (run.accumulation - 1)) * run.steps
+    assert booster.step_count == run.steps
+    found = values(engine)
+    accelerator.free_memory()
+    is_the_formula(f"accelerate {name}", run, rank, found)
+
+
+def a_language_model_trains_as_under_ddp(adapter: bool, folder: str, rank: int) -> None:
+    """Of unequal lengths, whose tokens are counted; loaded, on stage 3, into partitions."""
+    surroundings(rank)
+    from transformers import LlamaForCausalLM, TrainingArguments
+
+    from tests.loops.test_transformers import collate, sentences, tiny_llama
+    from torch_booster.integrations.transformers import BoosterArguments, BoosterTrainer
+
+    saved = f"{folder}/llama"
+    if rank == 0:
+        tiny_llama(dropout=0.0).save_pretrained(saved)
+    torch.distributed.barrier()
+
+    def run(booster: bool = True, **engine: Any) -> Values:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        args = TrainingArguments(
+            folder,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            learning_rate=1e-3,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            log_level="error",
+            **engine,
+        )
+        model: Any = LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
+        if adapter:
+            from peft import LoraConfig, get_peft_model
+
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(init_lora_weights="gaussian"))
+        made = BoosterTrainer(
+            model,
+            args,
+            collate,
+            sentences(32, seed=1),
+            harmful_dataset=sentences(7, seed=2),
+            booster_args=BoosterArguments(3.0 * booster, 0.5, norm="tensor"),
+        )
+        made.train()
+        if engine.get("use_cpu"):
+            held = model.named_parameters()
+            return {n: p.detach().double() for n, p in held if p.requires_grad}
+        found = values(made.accelerator.deepspeed_engine_wrapped.engine)
+        made.accelerator.free_memory()
+        return found
+
+    def zero(stage: int) -> dict[str, Any]:
+        given = config(Run(stage=stage, clip=1.0))
+        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        return {"deepspeed": given | dict.fromkeys(names, "auto")}
+
+    expected, plain = run(use_cpu=True), run(booster=False, use_cpu=True)
+    effect = difference(expected, plain)
+    for stage in (0, 2, 3):
+        off = difference(run(**zero(stage)), expected)
+        if rank == 0:
+            print(f"trainer llama {stage}, adapter {adapter}: off {off:.2e}, effect {effect:.1e}")
+        assert off < 1e-3 * effect
+
+
+def what_cannot_work_is_refused(folder: str, rank: int) -> None:
+    surroundings(rank)
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    from torch_booster import BoosterOptimizer
+    from torch_booster.integrations.accelerate import AcceleratedEngine, regularize
+
+    run = Run(stage=2, steps=1)
+    with pytest.raises(RuntimeError, match="not supported with Booster under DeepSpeed"):
+        trained(replace(run, more={"torch_autocast": {"enabled": True}}), rank, folder)
+    made = trained(run, rank, folder)
+    with pytest.raises(RuntimeError, match="make another trainer"):
+        made.train()
+    made.accelerator.free_memory()
+    base = torch.optim.AdamW(run.net().parameters())
+    with pytest.raises(ValueError, match="Under DeepSpeed the trainer drops an optimizer"):
+        trainer(run, rank, folder, optimizers=(base, None))
+
+    surroundings(rank)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config(run)))
+    with pytest.raises(RuntimeError, match="no DeepSpeed engine"):
+        AcceleratedEngine(accelerator)
+    model = run.net()
+    wrapped = BoosterOptimizer(torch.optim.AdamW(param_groups(run, model)))
+    accelerator.prepare(model, wrapped)
+    with pytest.raises(TypeError, match="steps a BoosterOptimizer"):
+        AcceleratedEngine(accelerator)
+    with pytest.raises(RuntimeError, match="AcceleratedEngine"):
+        regularize(wrapped, lambda: torch.ones(()))
+    accelerator.free_memory()
+
+
 def cases(folder: str) -> dict[str, Callable[[int], None]]:
     made: dict[str, Callable[[int], None]] = {}
     for name, run in exact().items():
         made[f"trainer-{name}"] = partial(the_trainer_follows_the_formula, name, run, folder)
+    for stage in STAGES:
+        run = Run(stage=stage, accumulation=2, clip=1.0)
+        made[f"accelerate-{stage}"] = partial(accelerates_loop_follows_the_formula, f"{stage}", run)
+        made[f"plain-{stage}"] = partial(harmful_passes_leave_nothing_behind, stage, folder)
+        made[f"resumed-{stage}"] = partial(a_resumed_run_goes_on, stage, folder)
+        made[f"records-{stage}"] = partial(the_records_are_of_the_whole_batch, stage, folder)
+    made["followed"] = partial(arguments_are_followed_between_steps, 2, folder)
+    for adapter in (False, True):
+        name = f"llama-{'adapter' if adapter else 'full'}"
+        made[name] = partial(a_language_model_trains_as_under_ddp, adapter, folder)
+    made["refused"] = partial(what_cannot_work_is_refused, folder)
     return made
 
 

@@ -180,7 +180,8 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
         if wrapped is None:
             raise RuntimeError(
                 "The accelerator has no DeepSpeed engine. Prepare the model and its optimizer "
-                "first; without DeepSpeed wrap the optimizer in a BoosterOptimizer."
+                "first; without DeepSpeed wrap the optimizer in a BoosterOptimizer. A Trainer has "
+                "none in its second train(), with Booster or without: make another trainer."
             )
         super().__init__(
             wrapped.engine,
