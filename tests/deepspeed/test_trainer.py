@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -72,11 +73,15 @@ def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def on_a_cpu() -> None:
-    """Accelerate takes DeepSpeed beside a GPU only."""
+    """Accelerate takes DeepSpeed beside a GPU only, and low precision is refused without one."""
+    import deepspeed
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 
 def surroundings(rank: int) -> None:
@@ -100,11 +105,18 @@ def kinds() -> tuple[type[Any], type[Any]]:
             return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
         def create_optimizer(self, *_: Any) -> Any:
-            groups = param_groups(self.run, self.model.net)  # type: ignore[union-attr, arg-type]
-            self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
+            if self.optimizer is None:  # else it is in DeepSpeed's configuration
+                groups = param_groups(self.run, self.model.net)  # type: ignore[union-attr, arg-type]
+                self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
             return self.optimizer
 
     class Ours(BoosterMixin, Plain):
+        def _next_harmful_batch(self, turn: int) -> Any:
+            self.turns.append(turn)
+            return super()._next_harmful_batch(turn)
+
+        turns: list[int]
+
         def get_harmful_dataloader(self) -> Any:
             return DataLoader(self._harmful_dataset, PER_RANK, collate_fn=collate)
 
@@ -132,11 +144,14 @@ def trainer(
         gradient_accumulation_steps=run.accumulation,
         max_grad_norm=run.clip,
         learning_rate=LR,
+        weight_decay=0.1,
         lr_scheduler_type="constant",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        bf16=run.dtype == "bfloat16",
+        fp16=run.dtype == "float16",
         **{
             "max_steps": run.steps,
             "logging_steps": 1,
@@ -147,7 +162,7 @@ def trainer(
     )
     plain, ours = kinds()
     kind = ours if booster else plain
-    kind.run = run
+    kind.run, kind.turns = run, []
     told = BoosterArguments(run.lam, run.alpha, lam_warmup_steps=run.warmup, norm=run.norm)  # type: ignore[arg-type]
     more = {"harmful_dataset": rows(run, True), "booster_args": told} if booster else {}
     made = kind(
@@ -197,7 +212,41 @@ def exact() -> dict[str, Run]:
         made[f"{stage}-accumulated-clipped"] = replace(run, accumulation=2, clip=1.0)
         many = replace(run, accumulation=2, groups=True, norm="tensor", warmup=4)
         made[f"{stage}-groups-tensor-warmup"] = many
+        configured = {"optimizer": {"type": "AdamW", "params": ADAMW}}
+        made[f"{stage}-configured"] = replace(run, more=configured)
+        if stage:
+            made[f"{stage}-offload"] = replace(run, accumulation=2, clip=1.0, offload=True)
     return made
+
+
+# As `runs.oracle` has it; in an optimizer that DeepSpeed makes, and that is torch's.
+ADAMW = {"lr": "auto", "weight_decay": "auto", "torch_adam": True, "adam_w_mode": True}
+
+
+def the_trainer_follows_in_low_precision(name: str, run: Run, folder: str, rank: int) -> None:
+    """The bounds are those of `test_deepspeed`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Rounding to")
+        found = weights(trained(run, rank, folder))
+    if rank == 0:
+        expected = oracle(run)
+        off, effect = difference(found, expected), difference(oracle(run, booster=False), expected)
+        print(f"trainer {name}: off {off:.2e}, effect {effect:.1e}")
+        assert off <= (0.4 if run.dtype == "bfloat16" else 0.02) * effect
+
+
+def an_overflow_is_not_counted(stage: int, folder: str, rank: int) -> None:
+    """The harmful batch of a step that fp16 has skipped is that of the next."""
+    more = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}
+    run = Run(stage=stage, dtype="float16", steps=14, more=more)
+    made = trained(run, rank, folder)
+    engine, booster = made.model_wrapped, made.accelerator.deepspeed_engine_wrapped
+    assert 0 < engine.skipped_steps < run.steps
+    taken = run.steps - engine.skipped_steps
+    assert booster.step_count == taken
+    assert made.turns == [0] * engine.skipped_steps + list(range(taken))
+    assert len(recorded(made, "harmful_loss")) == taken
+    assert all(x.isfinite().all() for x in weights(made).values())
 
 
 def harmful_passes_leave_nothing_behind(stage: int, folder: str, rank: int) -> None:
@@ -292,9 +341,7 @@ def accelerates_loop_follows_the_formula(name: str, run: Run, rank: int) -> None
 
     AcceleratorState._reset_state(reset_partial_state=True)
     plugin = DeepSpeedPlugin(hf_ds_config=config(run))
-    accelerator = Accelerator(
-        deepspeed_plugin=plugin, gradient_accumulation_steps=run.accumulation
-    )
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=run.accumulation)
     model = run.net()
     optimizer = torch.optim.AdamW(param_groups(run, model), lr=LR, weight_decay=0.1)
     engine, optimizer = accelerator.prepare(model, optimizer)
@@ -429,6 +476,11 @@ def cases(folder: str) -> dict[str, Callable[[int], None]]:
         made[f"plain-{stage}"] = partial(harmful_passes_leave_nothing_behind, stage, folder)
         made[f"resumed-{stage}"] = partial(a_resumed_run_goes_on, stage, folder)
         made[f"records-{stage}"] = partial(the_records_are_of_the_whole_batch, stage, folder)
+        if stage:
+            made[f"overflow-{stage}"] = partial(an_overflow_is_not_counted, stage, folder)
+            for dtype in ("bfloat16", "float16"):
+                name, narrow = f"{dtype}-{stage}", replace(run, dtype=dtype)
+                made[name] = partial(the_trainer_follows_in_low_precision, name, narrow, folder)
     made["followed"] = partial(arguments_are_followed_between_steps, 2, folder)
     for adapter in (False, True):
         name = f"llama-{'adapter' if adapter else 'full'}"
