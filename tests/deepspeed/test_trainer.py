@@ -15,6 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
+from transformers import (
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from tests.deepspeed.runs import (
     LR,
@@ -94,8 +101,6 @@ def surroundings(rank: int) -> None:
 
 def kinds() -> tuple[type[Any], type[Any]]:
     """A trainer whose batches and whose optimizer are those of the oracle, and the same by us."""
-    from transformers import Trainer
-
     from torch_booster.integrations.transformers import BoosterMixin
 
     class Plain(Trainer):
@@ -132,8 +137,6 @@ def trainer(
     **changes: Any,
 ) -> Any:
     surroundings(rank)
-    from transformers import PrinterCallback, TrainingArguments
-
     from torch_booster.integrations.transformers import BoosterArguments
 
     given = config(run) | {"train_batch_size": "auto", "gradient_clipping": "auto"}
@@ -314,8 +317,6 @@ def the_records_are_of_the_whole_batch(stage: int, folder: str, rank: int) -> No
 
 def arguments_are_followed_between_steps(stage: int, folder: str, rank: int) -> None:
     """λ set between two micro-batches counts from the next step on, and none is left out."""
-    from transformers import TrainerCallback
-
     run = Run(stage=stage, accumulation=2)
 
     class Late(TrainerCallback):
@@ -367,13 +368,10 @@ def accelerates_loop_follows_the_formula(name: str, run: Run, rank: int) -> None
     is_the_formula(f"accelerate {name}", run, rank, found)
 
 
-def a_language_model_trains_as_under_ddp(adapter: bool, folder: str, rank: int) -> None:
+def a_language_model_trains_as_under_ddp(kind: str, folder: str, rank: int) -> None:
     """Of unequal lengths, whose tokens are counted; loaded, on stage 3, into partitions."""
     surroundings(rank)
-    from transformers import LlamaForCausalLM, TrainingArguments
-
-    from tests.loops.test_transformers import collate, sentences, tiny_llama
-    from torch_booster.integrations.transformers import BoosterArguments, BoosterTrainer
+    from tests.loops.test_transformers import tiny_llama
 
     saved = f"{folder}/llama"
     if rank == 0:
@@ -382,53 +380,85 @@ def a_language_model_trains_as_under_ddp(adapter: bool, folder: str, rank: int) 
 
     def run(booster: bool = True, **engine: Any) -> Values:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        args = TrainingArguments(
-            folder,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=4,
-            learning_rate=1e-3,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            log_level="error",
-            **engine,
-        )
-        model: Any = LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
-        if adapter:
-            from peft import LoraConfig, get_peft_model
-
-            torch.manual_seed(0)
-            model = get_peft_model(model, LoraConfig(init_lora_weights="gaussian"))
-        made = BoosterTrainer(
-            model,
-            args,
-            collate,
-            sentences(32, seed=1),
-            harmful_dataset=sentences(7, seed=2),
-            booster_args=BoosterArguments(3.0 * booster, 0.5, norm="tensor"),
-        )
+        made = LANGUAGE_MODELS[kind](saved, {**SETTINGS, **engine}, 3.0 * booster)
+        made.remove_callback(PrinterCallback)
         made.train()
         if engine.get("use_cpu"):
-            held = model.named_parameters()
+            held = made.model.named_parameters()
             return {n: p.detach().double() for n, p in held if p.requires_grad}
         found = values(made.accelerator.deepspeed_engine_wrapped.engine)
         made.accelerator.free_memory()
         return found
 
-    def zero(stage: int) -> dict[str, Any]:
-        given = config(Run(stage=stage, clip=1.0))
-        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        return {"deepspeed": given | dict.fromkeys(names, "auto")}
-
     expected, plain = run(use_cpu=True), run(booster=False, use_cpu=True)
     effect = difference(expected, plain)
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
     for stage in (0, 2, 3):
-        off = difference(run(**zero(stage)), expected)
+        off = difference(run(deepspeed=config(Run(stage=stage, clip=1.0)) | auto), expected)
         if rank == 0:
-            print(f"trainer llama {stage}, adapter {adapter}: off {off:.2e}, effect {effect:.1e}")
+            print(f"trainer llama {kind} {stage}: off {off:.2e}, effect {effect:.1e}")
         assert off < 1e-3 * effect
+
+
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "log_level": "error",
+}
+
+
+def llama(saved: str, settings: dict[str, Any], lam: float, adapter: bool = False) -> Any:
+    from tests.loops.test_transformers import collate, sentences
+    from torch_booster.integrations.transformers import BoosterArguments, BoosterTrainer
+
+    args = TrainingArguments(saved, **settings)
+    model: Any = LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(init_lora_weights="gaussian"))
+    return BoosterTrainer(
+        model,
+        args,
+        collate,
+        sentences(32, seed=1),
+        harmful_dataset=sentences(7, seed=2),
+        booster_args=BoosterArguments(lam, 0.5, norm="tensor"),
+    )
+
+
+def sft(saved: str, settings: dict[str, Any], lam: float) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.loops.test_trainer_faults import texts, word_tokenizer
+    from torch_booster.integrations.transformers import BoosterArguments, BoosterMixin
+
+    class BoosterSFTTrainer(BoosterMixin, SFTTrainer):
+        pass
+
+    args = SFTConfig(saved, bf16=False, gradient_checkpointing=False, **settings)
+    return BoosterSFTTrainer(
+        LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager"),
+        args,
+        train_dataset=texts(22, 1, "prompt", "completion"),
+        harmful_dataset=texts(7, 2, "prompt", "completion"),
+        processing_class=word_tokenizer(),
+        booster_args=BoosterArguments(lam, 0.5, norm="tensor"),
+    )
+
+
+LANGUAGE_MODELS: dict[str, Callable[..., Any]] = {
+    "whole": llama,
+    "adapter": partial(llama, adapter=True),
+    "sft": sft,
+}
 
 
 def what_cannot_work_is_refused(folder: str, rank: int) -> None:
@@ -482,9 +512,8 @@ def cases(folder: str) -> dict[str, Callable[[int], None]]:
                 name, narrow = f"{dtype}-{stage}", replace(run, dtype=dtype)
                 made[name] = partial(the_trainer_follows_in_low_precision, name, narrow, folder)
     made["followed"] = partial(arguments_are_followed_between_steps, 2, folder)
-    for adapter in (False, True):
-        name = f"llama-{'adapter' if adapter else 'full'}"
-        made[name] = partial(a_language_model_trains_as_under_ddp, adapter, folder)
+    for kind in LANGUAGE_MODELS:
+        made[f"llama-{kind}"] = partial(a_language_model_trains_as_under_ddp, kind, folder)
     made["refused"] = partial(what_cannot_work_is_refused, folder)
     return made
 

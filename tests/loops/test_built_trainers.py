@@ -151,7 +151,9 @@ def test_ms_swift_trains_on_the_booster_gradient(swift: Any, tmp_path: Path) -> 
     assert isinstance(trainer.optimizer, BoosterOptimizer)
 
 
-def test_ms_swift_is_told_what_is_not_served(swift: Any, tmp_path: Path) -> None:
+def test_ms_swift_is_told_what_is_not_served(
+    swift: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="harmful is empty"):
         swift.serve([])
     swift.serve([sentences(8, 2)])
@@ -160,6 +162,20 @@ def test_ms_swift_is_told_what_is_not_served(swift: Any, tmp_path: Path) -> None
             model=tiny_llama(),
             args=arguments(tmp_path),
             template=template(packing=True),
+            train_dataset=sentences(8, 1),
+        )
+    accelerated = Trainer.create_accelerator_and_postprocess
+
+    def under_deepspeed(trainer: Any) -> None:
+        accelerated(trainer)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
+    with pytest.raises(RuntimeError, match="does not serve DeepSpeed"):
+        swift.BoosterSeq2SeqTrainer(
+            model=tiny_llama(),
+            args=arguments(tmp_path),
+            template=template(),
             train_dataset=sentences(8, 1),
         )
 

@@ -326,9 +326,10 @@ class _HarmfulPasses:
 
 @contextmanager
 def _one_backward(engine: Any) -> Generator[None]:
-    """Context of one backward pass that is reduced to its end and not divided.
+    """Context of one backward pass that is reduced to its end and not divided, and of no step.
 
-    Divided by the accumulation steps, λ would silently be λ/accumulation steps.
+    Divided by the accumulation steps, λ would silently be λ/accumulation steps; a step would train
+    the model towards harm.
     """
     boundary, backward, passes = engine._is_gradient_accumulation_boundary, engine.backward, 0
     unsynced = engine.inside_no_sync_ctxt  # around the first of several micro-batches
@@ -343,9 +344,16 @@ def _one_backward(engine: Any) -> Generator[None]:
             )
         return backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
+    def step(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "harmful_closure called engine.step, which would train the model towards harm. Leave "
+            "the step out; accelerator.backward takes it too, if there is no AcceleratedEngine of "
+            "torch_booster.integrations.accelerate."
+        )
+
     engine.set_gradient_accumulation_boundary(True)
     engine.inside_no_sync_ctxt = False
-    engine.backward = whole
+    engine.backward, engine.step = whole, step
     try:
         yield
         if not passes:
@@ -354,7 +362,7 @@ def _one_backward(engine: Any) -> Generator[None]:
                 "in it, once, in the place of loss.backward()."
             )
     finally:
-        del engine.backward  # the class's own shows again
+        del engine.backward, engine.step  # the class's own show again
         engine.inside_no_sync_ctxt = unsynced
         engine._is_gradient_accumulation_boundary = boundary
         if hasattr(engine.optimizer, "set_gradient_accumulation_boundary"):

@@ -41,6 +41,11 @@ class BoosterSeq2SeqTrainer(
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, booster_args=self.arguments, **kwargs)
+        if self.is_deepspeed_enabled:
+            raise RuntimeError(
+                "BoosterSeq2SeqTrainer does not serve DeepSpeed, under which ms-swift makes the "
+                "optimizer in a way of its own. Use DDP or FSDP2."
+            )
         if self.template.packing or self.template.padding_free:
             raise ValueError(
                 "BoosterSeq2SeqTrainer does not serve packing and padding_free, with which "

@@ -416,10 +416,11 @@ class BoosterMixin(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, with the diagnostics where the trainer records its own training loss."""
-        if (booster := self._booster()) is not None:
+        booster = self._booster()
+        if booster is not None:
             self._count_what_happened(booster)
         # The learning rate tells that record, made on all ranks at once, from any other.
-        if "learning_rate" in logs and self._diagnosed_steps:
+        if booster is not None and "learning_rate" in logs and self._diagnosed_steps:
             mean: Any = self._diagnostics / self._diagnosed_steps
             mean = self.accelerator.reduce(mean, reduction="mean")
             means = dict(zip(Diagnostics._fields, mean.tolist(), strict=True))
