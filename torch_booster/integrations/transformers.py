@@ -325,7 +325,7 @@ class BoosterMixin(Trainer):
         if not wrapped and not self.is_deepspeed_enabled:
             optimizer = BoosterOptimizer(
                 _bare(optimizer),
-                **self._told(),
+                **self._hyperparameters(),
                 # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
                 module=self.model if model is None else model,
             )
@@ -335,11 +335,11 @@ class BoosterMixin(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Creates the trainer's scheduler, and takes the engine that DeepSpeed has made by now."""
         if self.is_deepspeed_enabled and optimizer is None:  # else it is being made
-            engine = AcceleratedEngine(self.accelerator, **self._told())
+            engine = AcceleratedEngine(self.accelerator, **self._hyperparameters())
             self._given = _given(engine)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _told(self) -> dict[str, Any]:
+    def _hyperparameters(self) -> dict[str, Any]:
         """`booster_args`, as they are from now on followed."""
         args = self._followed = replace(self.booster_args)
         told = asdict(args)
