@@ -39,7 +39,7 @@ $(PEERS): pyproject.toml constraints.txt
 # Built on torch, which it must find, and without its kernels; it compiles one when it first runs.
 $(DEEPSPEED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-deepspeed
-	$(VENV)-deepspeed/bin/python $(PIP) . hypothesis ninja numpy pytest setuptools wheel
+	$(VENV)-deepspeed/bin/python $(PIP) '.[transformers]' hypothesis ninja numpy peft pytest setuptools trl wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)-deepspeed/bin/python -m pip install --quiet \
 		--disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@
@@ -63,7 +63,7 @@ test-peers: $(PEERS)  ## Run the tests with optimizers and quantised weights of 
 	OMP_NUM_THREADS=1 $(VENV)-peers/bin/python -m pytest -m peers
 
 # A build that was killed leaves its lock behind, and whoever comes later waits for it for ever.
-test-deepspeed: $(DEEPSPEED)  ## Run the tests of DeepSpeed engines, on ZeRO stages 0 to 3
+test-deepspeed: $(DEEPSPEED)  ## Run the tests of DeepSpeed engines and of trainers under them, on ZeRO 0 to 3
 	rm -f $(VENV)-deepspeed/extensions/*/lock
 	TORCH_EXTENSIONS_DIR=$(abspath $(VENV)-deepspeed/extensions) \
 		PATH=$(abspath $(VENV)-deepspeed/bin):$$PATH DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \

@@ -24,8 +24,9 @@ __all__ = [
 
 NO_DEEPSPEED = (
     "BoosterOptimizer does not support DeepSpeed, whose engine owns gradients, weights and the "
-    "step. In a loop of your own put BoosterEngine of torch_booster.integrations.deepspeed around "
-    "the engine. Use DDP or FSDP2 elsewhere."
+    "step. BoosterTrainer takes the bare optimizer there. In a loop of your own prepare the bare "
+    "optimizer, and put BoosterEngine of torch_booster.integrations.deepspeed around the engine, "
+    "or AcceleratedEngine of torch_booster.integrations.accelerate around the accelerator's."
 )
 
 # Optional in the signature of `step`, and demanded by its code.

@@ -315,6 +315,15 @@ def misuse_is_refused(stage: int, rank: int) -> None:
         h()
         return h()
 
+    def stepping() -> Tensor:
+        loss = h()
+        engine.step()
+        return loss
+
+    before = values(engine)
+    with pytest.raises(RuntimeError, match="towards harm"):
+        booster.regularize(stepping)
+    assert all(torch.equal(x, before[n]) for n, x in values(engine).items())
     with pytest.raises(RuntimeError, match="several times"):
         booster.regularize(twice)
     with pytest.raises(RuntimeError, match="made no gradients"):
@@ -323,7 +332,7 @@ def misuse_is_refused(stage: int, rank: int) -> None:
         booster.regularize(lambda: h() and None)
     with pytest.raises(TypeError, match="callable"):
         booster.regularize(1.0)
-    assert "backward" not in vars(engine)
+    assert not {"backward", "step"} & vars(engine).keys()
     assert engine._is_gradient_accumulation_boundary is None
     engine.backward(loss_on(engine, rank, 0, 0, False))
     booster.step()

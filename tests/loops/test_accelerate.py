@@ -393,7 +393,7 @@ def test_deepspeed_is_refused_before_a_closure_runs(
     monkeypatch.setitem(
         AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED
     )
-    with pytest.raises(RuntimeError, match=r"DeepSpeed.*Use DDP or FSDP2"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeed.*AcceleratedEngine"):
         ways(run)[way]()
 
 

@@ -166,6 +166,26 @@ def test_ms_swift_is_told_what_is_not_served(swift: Any, option: str) -> None:
         )
 
 
+def test_ms_swift_under_deepspeed_is_refused(
+    swift: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swift.serve([sentences(8, 2)])
+    accelerated = Trainer.create_accelerator_and_postprocess
+
+    def under_deepspeed(trainer: Any) -> None:
+        accelerated(trainer)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
+    with pytest.raises(RuntimeError, match="does not serve DeepSpeed"):
+        swift.BoosterSeq2SeqTrainer(
+            model=tiny_llama(),
+            args=arguments(tmp_path),
+            template=template(),
+            train_dataset=sentences(8, 1),
+        )
+
+
 # ------------------------------------------------------------------------------------ Unsloth
 
 

@@ -962,14 +962,19 @@ def test_optimizers_that_step_in_backward_are_refused(tmp_path: Path, optim: str
         make_trainer(tmp_path, optim=optim)
 
 
-def test_deepspeed_is_refused_before_training(tmp_path: Path) -> None:
-    class UnderDeepSpeed(BoosterTrainer):
-        def create_accelerator_and_postprocess(self) -> None:
-            super().create_accelerator_and_postprocess()
-            self.is_deepspeed_enabled = True
+class UnderDeepSpeed(BoosterTrainer):
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
 
-    with pytest.raises(RuntimeError, match="does not support DeepSpeed"):
-        make_trainer(tmp_path, kind=UnderDeepSpeed)
+
+def test_an_optimizer_that_deepspeed_would_drop_is_refused(tmp_path: Path) -> None:
+    """What is served under DeepSpeed is tested in tests/deepspeed/test_trainer.py."""
+    model = tiny_llama()
+    given = {"optimizers": (torch.optim.AdamW(model.parameters()), None)}
+    with pytest.raises(ValueError, match="Under DeepSpeed the trainer drops an optimizer"):
+        make_trainer(tmp_path, kind=UnderDeepSpeed, model=model, trainer=given)
+    make_trainer(tmp_path, kind=UnderDeepSpeed)
 
 
 def test_accumulation_under_fsdp_is_refused_before_training(tmp_path: Path) -> None:

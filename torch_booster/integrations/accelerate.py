@@ -19,13 +19,20 @@ or, in one call in the place of three, `step(optimizer, alignment_closure, harmf
 
 Prepare the alignment loader and not the harmful one, whose end Accelerate would take for the end
 of the epoch; give each process its own part of it.
+
+Under DeepSpeed the optimizer is prepared bare, and what follows goes around its engine:
+
+    model, optimizer = accelerator.prepare(model, AdamW(model.parameters()))
+    booster = AcceleratedEngine(accelerator, lam=5.0, alpha=0.1)
+
+In the loop `booster.regularize(harmful_closure)` takes the place of `regularize`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,16 +41,21 @@ from torch.optim import Optimizer
 from torch_booster.checks import NO_DEEPSPEED, checked_closure, layers
 from torch_booster.closure import Closure
 from torch_booster.integrations import needs
+from torch_booster.integrations.deepspeed import BoosterEngine
 from torch_booster.optimizer import BoosterOptimizer
 
 with needs("accelerate"):
+    from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
     from accelerate.state import (  # pyright: ignore[reportMissingTypeStubs]
         AcceleratorState,
         GradientState,
     )
     from accelerate.utils import DistributedType  # pyright: ignore[reportMissingTypeStubs]
+    from accelerate.utils.deepspeed import (  # pyright: ignore[reportMissingTypeStubs]
+        DeepSpeedEngineWrapper,
+    )
 
-__all__ = ["booster_of", "regularize", "step"]
+__all__ = ["AcceleratedEngine", "booster_of", "regularize", "step"]
 
 # Of a BoosterOptimizer, and of no optimizer around it.
 HYPERPARAMETERS = {"lam", "alpha", "every", "norm", "lam_warmup_steps", "lam_delay_steps"}
@@ -109,6 +121,125 @@ def step(optimizer: Optimizer, alignment_closure: Closure, harmful_closure: Clos
             loss = alignment_closure()
     optimizer.step()
     return loss
+
+
+class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
+    """`BoosterEngine` around the DeepSpeed engine that Accelerate has prepared.
+
+    Accelerate runs every backward pass by `accelerator.deepspeed_engine_wrapped`, which also takes
+    the engine's step, after the micro-batch at which gradients are synchronised. This object takes
+    its place: there it steps on the Booster gradient, and it does not step after a harmful pass.
+
+        model, optimizer, loader = accelerator.prepare(model, AdamW(model.parameters()), loader)
+        booster = AcceleratedEngine(accelerator, lam=5.0, alpha=0.1)
+
+        for batch, harmful_batch in zip(loader, harmful_loader):
+            with accelerator.accumulate(model):
+                booster.regularize(harmful_closure)      # on the first micro-batch of a step
+                accelerator.backward(alignment_loss(model, batch))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+    Args:
+        accelerator: It has prepared the model, with an optimizer that is no `BoosterOptimizer`.
+        lam: As `BoosterEngine` takes it, and so are all that follow.
+        alpha: The same.
+        norm: The same.
+        lam_warmup_steps: The same.
+        lam_delay_steps: The same.
+        every: The same.
+        eps: The same.
+        replay_rng: The same.
+        self_check: The same.
+
+    Attributes:
+        begins: Whether the coming micro-batch is the first of a step.
+
+    Raises:
+        TypeError: The engine, or its optimizer, is of a class that is not supported.
+        ValueError: A hyperparameter is out of its range.
+        RuntimeError: There is no engine yet, or a feature that is not supported is switched on.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        lam: float = 5.0,
+        alpha: float = 0.1,
+        *,
+        norm: Literal["global", "tensor"] = "global",
+        lam_warmup_steps: int = 0,
+        lam_delay_steps: int = 0,
+        every: int = 1,
+        eps: float = 1e-7,
+        replay_rng: bool = True,
+        self_check: bool = True,
+    ) -> None:
+        wrapped: Any = getattr(accelerator, "deepspeed_engine_wrapped", None)
+        if wrapped is None:
+            raise RuntimeError(
+                "The accelerator has no DeepSpeed engine. Prepare the model and its optimizer "
+                "first; without DeepSpeed wrap the optimizer in a BoosterOptimizer. A Trainer has "
+                "none in its second train(), with Booster or without: make another trainer."
+            )
+        super().__init__(
+            wrapped.engine,
+            lam,
+            alpha,
+            norm=norm,
+            lam_warmup_steps=lam_warmup_steps,
+            lam_delay_steps=lam_delay_steps,
+            every=every,
+            eps=eps,
+            replay_rng=replay_rng,
+            self_check=self_check,
+        )
+        self.begins = True
+        self._in_harmful_pass = False
+        accelerator.deepspeed_engine_wrapped = self
+
+    def regularize(self, harmful_closure: Closure) -> Tensor | None:
+        """Runs the harmful passes, before the first micro-batch of a step, and else nothing.
+
+        Args:
+            harmful_closure: Runs one forward pass of h through the prepared model and one
+                `accelerator.backward(loss)`, and returns the loss. Called twice, on one batch.
+
+        Returns:
+            h(w), averaged over the ranks; None where nothing was run.
+
+        Raises:
+            TypeError: `harmful_closure` is not callable or returns no loss.
+            RuntimeError: It ran no backward pass or several, or the last step was not taken by
+                this object.
+        """
+        return super().regularize(harmful_closure) if self.begins else None
+
+    def _regularize(self, h: Closure) -> Tensor | None:
+        self._in_harmful_pass = True
+        try:
+            return super()._regularize(h)
+        finally:
+            self._in_harmful_pass = False
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """Runs the backward pass for `accelerator.backward`, and the step where it is due.
+
+        Args:
+            loss: The loss of a micro-batch.
+            sync_gradients: The micro-batch is the last of a step.
+            **kwargs: For `engine.backward`.
+        """
+        if self._in_harmful_pass:
+            self.engine.backward(loss, **kwargs)
+            return
+        self.begins = False
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+        if sync_gradients:
+            self.step()
+            self.begins = True
 
 
 def booster_of(optimizer: Optimizer) -> BoosterOptimizer:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_booster.checks import checked_closure
+from torch_booster.checks import checked_closure, layers
 from torch_booster.closure import Buffers, Closure, RandomState, loss_of
 from torch_booster.diagnostics import warn_of_passes
 from torch_booster.distributed import copies
@@ -132,6 +132,9 @@ class BoosterEngine(Hyperparameters):
         if self._waiting is not None:
             self._refuse_stale()
             return None  # a later micro-batch of the same step
+        return self._regularize(h)
+
+    def _regularize(self, h: Closure) -> Tensor | None:
         if not self.is_due():
             return None
         if not self._shards.is_fresh():
@@ -323,11 +326,13 @@ class _HarmfulPasses:
 
 @contextmanager
 def _one_backward(engine: Any) -> Generator[None]:
-    """Context of one backward pass that is reduced to its end and not divided.
+    """Context of one backward pass that is reduced to its end and not divided, and of no step.
 
-    Divided by the accumulation steps, λ would silently be λ/accumulation steps.
+    Divided by the accumulation steps, λ would silently be λ/accumulation steps; a step would train
+    the model towards harm.
     """
     boundary, backward, passes = engine._is_gradient_accumulation_boundary, engine.backward, 0
+    unsynced = engine.inside_no_sync_ctxt  # around the first of several micro-batches
 
     def whole(loss: Tensor, retain_graph: bool = False, **_: Any) -> Any:
         nonlocal passes
@@ -339,8 +344,16 @@ def _one_backward(engine: Any) -> Generator[None]:
             )
         return backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
+    def step(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "harmful_closure called engine.step, which would train the model towards harm. Leave "
+            "the step out; accelerator.backward takes it too, if there is no AcceleratedEngine of "
+            "torch_booster.integrations.accelerate."
+        )
+
     engine.set_gradient_accumulation_boundary(True)
-    engine.backward = whole
+    engine.inside_no_sync_ctxt = False
+    engine.backward, engine.step = whole, step
     try:
         yield
         if not passes:
@@ -349,7 +362,8 @@ def _one_backward(engine: Any) -> Generator[None]:
                 "in it, once, in the place of loss.backward()."
             )
     finally:
-        del engine.backward  # the class's own shows again
+        del engine.backward, engine.step  # the class's own show again
+        engine.inside_no_sync_ctxt = unsynced
         engine._is_gradient_accumulation_boundary = boundary
         if hasattr(engine.optimizer, "set_gradient_accumulation_boundary"):
             now = engine.is_gradient_accumulation_boundary()
@@ -689,6 +703,11 @@ def refuse_what_cannot_work(engine: Any) -> None:
         raise RuntimeError(
             f"DeepSpeed {_version()} is installed, whose internals were not looked at. "
             f"Install deepspeed>={_dotted(least)},<{_dotted(limit)}."
+        )
+    if any(isinstance(layer, Hyperparameters) for layer in layers(engine.optimizer)):
+        raise TypeError(
+            "The engine steps a BoosterOptimizer, which would count each step once more. Give "
+            "DeepSpeed the base optimizer."
         )
     name = _name_of(engine.optimizer)
     if name not in _ADAPTERS:

@@ -46,6 +46,11 @@ class BoosterSeq2SeqTrainer(
                 "harmful rows would be laid out otherwise. Switch both off."
             )
         super().__init__(model, args, template, *rest, booster_args=self.arguments, **kwargs)
+        if self.is_deepspeed_enabled:
+            raise RuntimeError(
+                "BoosterSeq2SeqTrainer does not serve DeepSpeed, under which ms-swift makes the "
+                "optimizer in a way of its own. Use DDP or FSDP2."
+            )
         if self.harmful_paths:
             rows, _ = load_dataset(list(self.harmful_paths), split_dataset_ratio=0.0)
             encode, seed = self.template.encode, self.args.data_seed

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from torch_booster.checks import NO_DEEPSPEED, checked, checked_count
+from torch_booster.checks import checked, checked_count
 from torch_booster.diagnostics import Diagnostics
-from torch_booster.hyperparameters import ALPHA, LAM, STEP
+from torch_booster.hyperparameters import ALPHA, LAM, STEP, Hyperparameters
 from torch_booster.integrations import needs
 from torch_booster.integrations.harmful_data import (
     checked_dataset,
@@ -47,7 +47,7 @@ with needs("transformers"):
     from accelerate.optimizer import AcceleratedOptimizer  # pyright: ignore[reportMissingTypeStubs]
     from transformers import Trainer, TrainingArguments
 
-    from torch_booster.integrations.accelerate import booster_of
+    from torch_booster.integrations.accelerate import AcceleratedEngine, booster_of
 
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
 
@@ -157,6 +157,8 @@ class BoosterMixin(Trainer):
     1. The base optimizer, whichever way it was chosen, is wrapped in a `BoosterOptimizer`.
     2. Once per optimizer step, before the forward pass of its last micro-batch, the regulariser
        is added to `.grad`. Accumulation, clipping and the step then see the combined gradient.
+       Under DeepSpeed an `AcceleratedEngine` stands for both: the harmful passes run before the
+       first micro-batch, and the regulariser joins the gradient in the engine's step.
        With `every=k` this happens at steps 0, k, 2k, ..., with k·λ in the place of λ; with
        `lam_warmup_steps=T` λ·min(1, t/T) stands for λ at step t, and step 0 is plain.
     3. A harmful pass is an ordinary training step of the trainer on a harmful batch: same loss,
@@ -195,7 +197,8 @@ class BoosterMixin(Trainer):
         TypeError: The harmful dataset is no dataset, an optimizer is given that is a
             `BoosterOptimizer` already, the mixin comes after the trainer's class, or that class's
             training step is more than a function of its batch (it generates, or has a buffer).
-        RuntimeError: The trainer runs under DeepSpeed, or under FSDP with gradient accumulation.
+        RuntimeError: The trainer runs under FSDP with gradient accumulation, or, at the start of
+            the run, under DeepSpeed with a feature that is not supported.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -243,8 +246,11 @@ class BoosterMixin(Trainer):
         return [kind.__name__ for kind in type(self).__mro__ if not issubclass(kind, BoosterMixin)]
 
     def _refuse_what_cannot_work(self) -> None:
-        if self.is_deepspeed_enabled:
-            raise RuntimeError(NO_DEEPSPEED)
+        if self.is_deepspeed_enabled and self.optimizer is not None:
+            raise ValueError(
+                "Under DeepSpeed the trainer drops an optimizer that it is given, and makes one of "
+                "its own. Choose it by args.optim, or override create_optimizer."
+            )
         if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1:
             raise RuntimeError(
                 "FSDP keeps the gradients of earlier micro-batches unreduced, and the harmful "
@@ -301,31 +307,47 @@ class BoosterMixin(Trainer):
 
     # ------------------------------------------------------------------ the step
 
+    def _booster(self) -> BoosterOptimizer | AcceleratedEngine | None:
+        """What takes the Booster steps, once it is there."""
+        if self.is_deepspeed_enabled:
+            engine: Any = self.accelerator.deepspeed_engine_wrapped
+            return engine if isinstance(engine, AcceleratedEngine) else None
+        optimizer = _bare(self.optimizer)
+        return optimizer if isinstance(optimizer, BoosterOptimizer) else None
+
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Creates the trainer's optimizer and wraps it."""
+        """Creates the trainer's optimizer and wraps it, but under DeepSpeed."""
         # Some trainers take no model, which only FSDP1 gives.
         given: Any = (
             super().create_optimizer() if model is None else super().create_optimizer(model)
         )
         optimizer: Any = self.optimizer if given is None else given
-        if not isinstance(_bare(optimizer), BoosterOptimizer):  # it is in a second call of train
-            args = self._followed = replace(self.booster_args)
+        wrapped = isinstance(_bare(optimizer), BoosterOptimizer)  # it is in a second call of train
+        if not wrapped and not self.is_deepspeed_enabled:
             optimizer = BoosterOptimizer(
                 _bare(optimizer),
-                args.lam,
-                args.alpha,
-                norm=args.norm,
-                lam_warmup_steps=args.lam_warmup_steps,
-                lam_delay_steps=args.lam_delay_steps,
-                every=args.every,
-                self_check=args.self_check,
+                **self._hyperparameters(),
                 # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
                 module=self.model if model is None else model,
             )
         self.optimizer = optimizer
         return optimizer
 
-    def _follow_arguments(self, booster: BoosterOptimizer) -> None:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Creates the trainer's scheduler, and takes the engine that DeepSpeed has made by now."""
+        if self.is_deepspeed_enabled and optimizer is None:  # else it is being made
+            engine = AcceleratedEngine(self.accelerator, **self._hyperparameters())
+            self._given = _given(engine)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """`booster_args`, as they are from now on followed."""
+        args = self._followed = replace(self.booster_args)
+        told = asdict(args)
+        del told["per_device_harmful_batch_size"]
+        return told
+
+    def _follow_arguments(self, booster: Hyperparameters) -> None:
         """Brings what has changed in `booster_args` into force."""
         old, new = self._followed, self.booster_args
         if new == old:
@@ -351,18 +373,27 @@ class BoosterMixin(Trainer):
         """Runs forward and backward of a micro-batch, and before the last one the regulariser."""
         run = super().training_step
         optimizer: Any = self.optimizer
-        booster = booster_of(optimizer)
-        self._follow_arguments(booster)
-        # Before the last one and not before the first: only there does DDP reduce gradients, and
-        # all ranks have to perturb in one direction.
-        if self.accelerator.gradient_state.sync_gradients and booster.is_due():
-            self._regularize(booster, partial(run, model))
+        booster = self._booster() or booster_of(optimizer)
+        if isinstance(booster, AcceleratedEngine):
+            # Before the first one: a reduction drops what ZeRO has accumulated.
+            its_turn = booster.begins
+        else:
+            # Before the last one and not before the first: only there does DDP reduce gradients,
+            # and all ranks have to perturb in one direction.
+            its_turn = self.accelerator.gradient_state.sync_gradients
+        if its_turn:
+            self._follow_arguments(booster)
+            if booster.is_due():
+                self._regularize(booster, partial(run, model))
         return run(model, inputs, num_items_in_batch)
 
-    def _regularize(self, booster: BoosterOptimizer, run: Callable[..., Tensor]) -> None:
+    def _regularize(
+        self, booster: BoosterOptimizer | AcceleratedEngine, run: Callable[..., Tensor]
+    ) -> None:
         batch = self._next_harmful_batch(booster.step_count // booster.every)
         num_items = self._get_num_items_in_batch([batch], self.args.device)
-        booster._end_waiting()  # of a step that a loss scaler skipped; the trainer has zeroed it
+        if isinstance(booster, BoosterOptimizer):
+            booster._end_waiting()  # of a step that a scaler skipped; the trainer has zeroed it
 
         def closure() -> Tensor:
             return run(copy.deepcopy(batch), num_items)  # a loss may edit its batch in place
@@ -377,7 +408,7 @@ class BoosterMixin(Trainer):
         values = [v.to(self.args.device, torch.float32) for v in seen]
         self._seen = booster.step_count, torch.stack(values)
 
-    def _count_what_happened(self, booster: BoosterOptimizer) -> None:
+    def _count_what_happened(self, booster: Hyperparameters) -> None:
         """Adds to the record what a regulariser saw, if its step was taken and not skipped."""
         if self._seen is not None and booster.step_count > self._seen[0]:
             self._diagnostics = self._diagnostics + self._seen[1]
@@ -386,10 +417,11 @@ class BoosterMixin(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, with the diagnostics where the trainer records its own training loss."""
-        if isinstance(booster := _bare(self.optimizer), BoosterOptimizer):
+        booster = self._booster()
+        if booster is not None:
             self._count_what_happened(booster)
         # The learning rate tells that record, made on all ranks at once, from any other.
-        if "learning_rate" in logs and self._diagnosed_steps:
+        if booster is not None and "learning_rate" in logs and self._diagnosed_steps:
             mean: Any = self._diagnostics / self._diagnosed_steps
             mean = self.accelerator.reduce(mean, reduction="mean")
             means = dict(zip(Diagnostics._fields, mean.tolist(), strict=True))
@@ -433,11 +465,12 @@ class BoosterMixin(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads the optimizer as the trainer does; λ and α are what this run was given."""
-        booster = _bare(self.optimizer)
-        if checkpoint is None or not isinstance(booster, BoosterOptimizer):
+        booster = self._booster()
+        if checkpoint is None or booster is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        given = [{key: group[key] for key in (LAM, ALPHA)} for group in booster._groups()]
+        # An engine has loaded its checkpoint by now.
+        given = self._given if isinstance(booster, AcceleratedEngine) else _given(booster)
         super()._load_optimizer_and_scheduler(checkpoint)
         changed: dict[str, tuple[Any, Any]] = {}
         for group, values in zip(booster._groups(), given, strict=True):
@@ -618,6 +651,11 @@ class BoosterTrainer(BoosterMixin, Trainer):
 
 def _bare(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _given(booster: Hyperparameters) -> list[dict[str, float]]:
+    """λ and α of each group."""
+    return [{key: group[key] for key in (LAM, ALPHA)} for group in booster._groups()]
 
 
 def _told_of(prepare: Callable[[], Any]) -> Any:
