@@ -30,7 +30,7 @@ within() {
 experiment() {
     name=$1
     shift
-    cache=build/gpu/cache
+    cache=build/gpu/cache/$name
     status=0
     within "${SECONDS_AT_MOST:-450}" "$python" -m benchmarks.harmful_finetuning run "$@" \
         --cache "$cache" --output "build/gpu/$name" 2>&1 |

@@ -446,24 +446,25 @@ def searches(tables: Tables, trained: str) -> str:
     longest, budget = tried["attack_steps"].max(), int(tried["trial"].max()) + 1
     first = rows["method"].iloc[0]
     usual = rows[rows["method"] == first].set_index("seed")["break"]
-    early = chosen_attacks(tables, trained, budget // 2)
+    early = chosen_attacks(tables, trained, max(1, budget // 2))
 
     def steps(values: Iterable[float]) -> str:
         return ", ".join(f"{x:g}" if math.isfinite(x) else f"> {longest:g}" for x in values)
 
     found: list[list[str]] = []
     for method, of in rows.groupby("method", sort=False):
-        times = of["break"] / of["seed"].map(usual)
+        least = "" if of["break"].map(math.isfinite).all() else "≥ "
+        times = of["break"].clip(upper=longest) / of["seed"].map(usual).clip(upper=longest)
         found.append(
             [
                 label(str(method)),
                 *map(steps, (of["usual_break"], early["break"][of.index], of["break"])),
-                f"{times.min():.1f}",
-                f"{times.median():.1f}",
+                f"{least}{times.min():.1f}",
+                f"{least}{times.median():.1f}",
                 f"{of['harmful_score'].mean():.1f}",
             ]
         )
-    heads = ["aligned with", "steps to break, usual attack", f"the best of {budget // 2}"]
+    heads = ["aligned with", "steps to break, usual attack", f"the best of {max(1, budget // 2)}"]
     heads += [f"the best of {budget}", f"times {label(str(first))}'s, worst base", "median"]
     which = [
         [
@@ -485,9 +486,9 @@ def searches(tables: Tables, trained: str) -> str:
 
 
 def by(row: Mapping[Any, Any]) -> str:
-    """An attack in words; what is as in the usual one is left out."""
+    """An attack in words; what it does without is left out."""
     said = [f"{row['attack_optimizer']}, rate {row['attack_lr']:.1e}, p = {row['attack_p']:.2f}"]
-    said += [f"batches of {row['attack_batch_size']:g}"] if row["attack_batch_size"] != 10 else []
+    said.append(f"batches of {row['attack_batch_size']:g}")
     if row["attack_trained"] != "as aligned":
         said.append(row["attack_trained"])
     said += [
@@ -518,7 +519,10 @@ def chosen_attacks(tables: Tables, trained: str, budget: int | None = None) -> p
     """
     rows = tables["searches"]
     if not rows.empty:
-        rows = rows[(rows["trained"] == trained) & (rows["trial"] < (budget or math.inf))]
+        rows = rows[
+            (rows["trained"] == trained)
+            & (rows["trial"] < (math.inf if budget is None else budget))
+        ]
     if rows.empty:
         raise ValueError(f"there are no results of attack-search, {trained}; run it first")
     found: list[dict[str, Any]] = []

@@ -157,7 +157,7 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
         begins: Whether the coming micro-batch is the first of a step.
 
     Raises:
-        TypeError: The engine, or its optimizer, is of a class that is not supported.
+        TypeError: The engine, its wrapper or its optimizer is of a class that is not supported.
         ValueError: A hyperparameter is out of its range.
         RuntimeError: There is no engine yet, or a feature that is not supported is switched on.
     """
@@ -182,6 +182,11 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
                 "The accelerator has no DeepSpeed engine. Prepare the model and its optimizer "
                 "first; without DeepSpeed wrap the optimizer in a BoosterOptimizer. A Trainer has "
                 "none in its second train(), with Booster or without: make another trainer."
+            )
+        if type(wrapped).__name__ not in ("DeepSpeedEngineWrapper", "AcceleratedEngine"):
+            raise TypeError(
+                f"accelerator.deepspeed_engine_wrapped is a {type(wrapped).__name__}, whose place "
+                "AcceleratedEngine can not take. Leave Accelerate's DeepSpeedEngineWrapper."
             )
         super().__init__(
             wrapped.engine,
@@ -223,7 +228,7 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
         finally:
             self._in_harmful_pass = False
 
-    def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, sync_gradients: bool, **kwargs: Any) -> None:
         """Runs the backward pass for `accelerator.backward`, and the step where it is due.
 
         Args:
@@ -236,10 +241,12 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
             return
         self.begins = False
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
-        self.engine.backward(loss, **kwargs)
-        if sync_gradients:
-            self.step()
-            self.begins = True
+        try:
+            self.engine.backward(loss, **kwargs)
+            if sync_gradients:
+                self.step()
+        finally:
+            self.begins = sync_gradients
 
 
 def booster_of(optimizer: Optimizer) -> BoosterOptimizer:

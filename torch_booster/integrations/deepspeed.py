@@ -342,6 +342,7 @@ def _one_backward(engine: Any) -> Generator[None]:
                 "harmful_closure ran engine.backward several times, of which the engine would keep "
                 "the last. Run one, on one batch."
             )
+        engine.set_gradient_accumulation_boundary(True)  # which a wrapper may have reset by now
         return backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(*_: Any, **__: Any) -> None:
@@ -351,7 +352,6 @@ def _one_backward(engine: Any) -> Generator[None]:
             "torch_booster.integrations.accelerate."
         )
 
-    engine.set_gradient_accumulation_boundary(True)
     engine.inside_no_sync_ctxt = False
     engine.backward, engine.step = whole, step
     try:

@@ -230,7 +230,16 @@ class HarmfulStream:
         self._batch: Any = None
 
     def batch(self, number: int) -> Any:
-        """The batch of a number, which is not lower than the last one asked for."""
+        """The batch of a number, which is not lower than the last one asked for.
+
+        Raises:
+            ValueError: It is lower.
+        """
+        if number < self._drawn - 1:
+            raise ValueError(
+                f"harmful batch {number} is asked for after batch {self._drawn - 1}, and the "
+                "stream does not go back. Set `every` before training and leave it."
+            )
         while self._drawn <= number:
             self._batch = next(self._batches)
             self._drawn += 1
