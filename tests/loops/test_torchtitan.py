@@ -224,3 +224,11 @@ def test_the_configuration_is_torchtitans_with_boosters(titan: Any) -> None:
 def test_a_missing_harmful_loader_is_told_before_anything_is_built(titan: Any) -> None:
     with pytest.raises(ValueError, match="harmful_dataloader is missing"):
         titan.BoosterTrainer(titan.BoosterTrainer.Config())
+
+
+def test_a_harmful_stream_does_not_go_back(titan: Any) -> None:
+    """Where `every` grows in the course of a run: one batch would serve hundreds of steps."""
+    stream = titan.HarmfulStream(iter("abcd"))
+    assert [stream.batch(n) for n in (0, 2, 2)] == ["a", "c", "c"]
+    with pytest.raises(ValueError, match="harmful batch 1 is asked for after batch 2"):
+        stream.batch(1)

@@ -228,7 +228,7 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
         finally:
             self._in_harmful_pass = False
 
-    def backward(self, loss: Tensor, sync_gradients: bool, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
         """Runs the backward pass for `accelerator.backward`, and the step where it is due.
 
         Args:

@@ -377,7 +377,7 @@ class BoosterMixin(Trainer):
         if booster is None and self.is_deepspeed_enabled:
             raise RuntimeError(
                 f"create_scheduler of {type(self).__name__} does not call "
-                "super().create_scheduler, which takes the DeepSpeed engine for Booster. Call it there."
+                "super().create_scheduler, which takes the DeepSpeed engine for Booster. Do."
             )
         booster = booster or booster_of(optimizer)
         if isinstance(booster, AcceleratedEngine):
