@@ -352,6 +352,7 @@ def _one_backward(engine: Any) -> Generator[None]:
             "torch_booster.integrations.accelerate."
         )
 
+    engine.set_gradient_accumulation_boundary(True)
     engine.inside_no_sync_ctxt = False
     engine.backward, engine.step = whole, step
     try:
