@@ -373,13 +373,12 @@ class BoosterMixin(Trainer):
         """Runs forward and backward of a micro-batch, and before the last one the regulariser."""
         run = super().training_step
         optimizer: Any = self.optimizer
-        booster = self._booster()
-        if booster is None and self.is_deepspeed_enabled:
+        booster = self._booster() if self.is_deepspeed_enabled else booster_of(optimizer)
+        if booster is None:
             raise RuntimeError(
                 f"create_scheduler of {type(self).__name__} does not call "
                 "super().create_scheduler, which takes the DeepSpeed engine for Booster. Do."
             )
-        booster = booster or booster_of(optimizer)
         if isinstance(booster, AcceleratedEngine):
             # Before the first one: a reduction drops what ZeRO has accumulated.
             its_turn = booster.begins
