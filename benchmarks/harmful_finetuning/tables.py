@@ -446,7 +446,8 @@ def searches(tables: Tables, trained: str) -> str:
     longest, budget = tried["attack_steps"].max(), int(tried["trial"].max()) + 1
     first = rows["method"].iloc[0]
     usual = rows[rows["method"] == first].set_index("seed")["break"]
-    early = chosen_attacks(tables, trained, max(1, budget // 2))
+    half = max(1, budget // 2)
+    early = chosen_attacks(tables, trained, half)
 
     def steps(values: Iterable[float]) -> str:
         return ", ".join(f"{x:g}" if math.isfinite(x) else f"> {longest:g}" for x in values)
@@ -464,7 +465,7 @@ def searches(tables: Tables, trained: str) -> str:
                 f"{of['harmful_score'].mean():.1f}",
             ]
         )
-    heads = ["aligned with", "steps to break, usual attack", f"the best of {max(1, budget // 2)}"]
+    heads = ["aligned with", "steps to break, usual attack", f"the best of {half}"]
     heads += [f"the best of {budget}", f"times {label(str(first))}'s, worst base", "median"]
     which = [
         [

@@ -282,18 +282,22 @@ def test_a_chat_template_writes_the_text_template(cache: Path, whole: Run, templ
         assert said == wanted
 
 
-def test_an_alignment_shared_with_an_attack_stage_is_called_sft() -> None:
-    settings = json.loads(json.dumps({"settings": runs.as_dict(preset("quick"))}))["settings"]
-    record = {
-        "method": "lisa",
-        "hyperparameters": {"rho": 1.0},
-        "settings": settings,
+def record_of(method: str, hyperparameters: dict[str, float], settings: Any) -> dict[str, Any]:
+    """What a card is written of."""
+    return {
+        "method": method,
+        "hyperparameters": hyperparameters,
+        "settings": json.loads(json.dumps(runs.as_dict(settings))),
         "seed": 0,
         "commit": "x",
         "versions": {},
         "aligned": {"harmful_score": 0.0},
         "attacked": {"harmful_score": 1.0, "finetune_accuracy": 2.0},
     }
+
+
+def test_an_alignment_shared_with_an_attack_stage_is_called_sft() -> None:
+    record = record_of("lisa", {"rho": 1.0}, preset("quick"))
     found = card.of_records([record])
     assert found.method == "SFT, the alignment of Lisa"
     assert "rho" not in found.hyperparameters
@@ -303,17 +307,8 @@ def test_an_alignment_shared_with_an_attack_stage_is_called_sft() -> None:
 
 def test_the_card_of_a_pretrained_model() -> None:
     """With the paper's data and a chat template, whose base is a package and no folder."""
-    settings = json.loads(json.dumps(runs.as_dict(changed(preset("real"), {"data.root": "sets"}))))
-    record = {
-        "method": "booster",
-        "hyperparameters": {"lam": 5.0},
-        "settings": settings,
-        "seed": 0,
-        "commit": "x",
-        "versions": {},
-        "aligned": {"harmful_score": 0.0},
-        "attacked": {"harmful_score": 1.0, "finetune_accuracy": 2.0},
-    }
+    settings = changed(preset("real"), {"data.root": "sets"})
+    record = record_of("booster", {"lam": 5.0}, settings)
     found = card.of_records([record])
     assert (found.template, found.base) == ("chat", "")
     words = card.text("name", found, "nothing", {})
