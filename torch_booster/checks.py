@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "checked_base",
     "checked_closure",
     "checked_count",
+    "checked_perturbed",
     "layers",
     "shown",
 ]
@@ -81,6 +83,31 @@ def checked_closure(name: str, closure: Any) -> Any:
             f"{name} must be callable, got {shown(closure)}. Pass the function, not its result."
         )
     return closure
+
+
+def checked_perturbed(perturbed: Iterable[Any]) -> list[Tensor]:
+    """The weights that a simulated step is to move, each once."""
+    tensors = [] if isinstance(perturbed, Tensor) else list(dict.fromkeys(perturbed))
+    if not tensors:
+        raise ValueError(
+            f"perturbed is {shown(perturbed)}, which holds no weights. Pass a list of tensors, or "
+            "nothing where the step is to move what trains."
+        )
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"perturbed holds {shown(tensor)}. Pass tensors, without their names.")
+        if not (tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex())):
+            raise ValueError(
+                f"perturbed holds a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} that "
+                "can have no gradient of its own: a quantised weight, or no leaf. Load the base in "
+                "a floating-point dtype, and pass parameters."
+            )
+        if hasattr(tensor, "device_mesh") or hasattr(tensor, "_fsdp_flattened"):
+            raise ValueError(
+                "perturbed holds a sharded weight (FSDP, tensor parallel), which gets no gradient "
+                "while it is frozen. Leave perturbed out there, or use DDP."
+            )
+    return tensors
 
 
 def checked_base(base_optimizer: Any, kind: type[Optimizer]) -> Optimizer:

@@ -33,6 +33,7 @@ __all__ = [
     "RandomState",
     "Waiting",
     "add_scaled",
+    "asking_gradients",
     "insist_on_gradients",
     "loss_of",
     "set_aside",
@@ -305,6 +306,19 @@ def set_aside(params: Sequence[Tensor]) -> Generator[Sequence[Tensor]]:
     finally:
         with torch.no_grad():
             add_scaled(params, kept, [1.0] * len(params))
+
+
+@contextmanager
+def asking_gradients(params: Sequence[Tensor]) -> Generator[None]:
+    """Context in which autograd makes gradients of weights that may be frozen."""
+    asked = [(p, p.requires_grad) for p in params]
+    try:
+        for p in params:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, before in asked:
+            p.requires_grad_(before)
 
 
 def insist_on_gradients(name: str, params: Sequence[Tensor]) -> None:

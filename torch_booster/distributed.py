@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_booster.functional import copying, moved_to
 
-__all__ = ["copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
+__all__ = ["average_", "copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
 
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -98,6 +98,19 @@ def tensor_norms(
             for i, norm in zip(indices, squares.sqrt().unbind(), strict=True):
                 on_device[i] = norm
     return torch.stack(on_device)
+
+
+def average_(tensors: Sequence[Tensor | None]) -> None:
+    """Averages plain tensors over the ranks of the default process group, if there is one.
+
+    Args:
+        tensors: The same on every rank, but for their values; None where there is nothing.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            if tensor is not None:
+                torch.distributed.all_reduce(tensor)
+                tensor /= torch.distributed.get_world_size()
 
 
 def refuse_unequal(norm: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_booster.checks import checked, checked_base, checked_closure, layers
+from torch_booster.checks import checked, checked_base, checked_closure, checked_perturbed, layers
 from torch_booster.closure import (
     Closure,
     Grads,
     HarmfulPasses,
     Waiting,
     add_scaled,
+    asking_gradients,
     insist_on_gradients,
     set_aside,
 )
 from torch_booster.diagnostics import Diagnostics, warn_of_passes
-from torch_booster.distributed import copies, local, refuse_unequal, tensor_norms
+from torch_booster.distributed import average_, copies, local, refuse_unequal, tensor_norms
 from torch_booster.functional import (
     copying,
     entries,
@@ -112,6 +113,11 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         lam: λ ≥ 0, regulariser intensity. Zero turns Booster off and skips the harmful passes.
         alpha: α ≥ 0, length of the simulated harmful step, in units of ‖w‖.
         norm: "global", the paper's one norm, or "tensor".
+        perturbed: The weights v that the simulated step moves, where they are not those that
+            train: w′ = (w, v − α·∇ᵥh/(‖∇ᵥh‖ + ε)). With an adapter that will be merged, the weights
+            into which it will be (`torch_booster.integrations.peft.merged_weights`). They may be
+            frozen: they take part in the first harmful pass and never move for good. Floating-point
+            tensors that no one shards; across processes their gradients are averaged.
         lam_warmup_steps: T ≥ 0; λ·min(1, t/T) is in force at step t = 0, 1, …
         lam_delay_steps: D ≥ 0; steps before that, in which λ is 0.
         every: k ≥ 1; the regulariser comes at steps 0, k, 2k, …, k times as heavy.
@@ -164,6 +170,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         alpha: float = 0.1,
         *,
         norm: Literal["global", "tensor"] = "global",
+        perturbed: Iterable[Tensor] | None = None,
         lam_warmup_steps: int = 0,
         lam_delay_steps: int = 0,
         every: int = 1,
@@ -178,6 +185,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         self.base_optimizer = checked_base(base_optimizer, BoosterOptimizer)
         self._now = Now(checked=not self_check)
         self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps)
+        self.perturbed = None if perturbed is None else checked_perturbed(perturbed)
         self.replay_rng = replay_rng
         self.module = module
         self.no_sync = no_sync
@@ -302,16 +310,24 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
                 "FSDP1 has flattened several tensors into one, so that they would share a norm. "
                 "Pass FullyShardedDataParallel(..., use_orig_params=True)."
             )
-        params, alphas = list(groups), [group[ALPHA] for group in groups.values()]
+        # What the simulated step moves: all that trains, or what it was told to.
+        moves = {*groups} if self.perturbed is None else {*self.perturbed}
+        params = list(dict.fromkeys((*groups, *(self.perturbed or ()))))
+        alphas = [groups[p][ALPHA] if p in groups else self.alpha for p in params]
+        frozen = params[len(groups) :]
         options = self.replay_rng, self.module, self.accumulates
         with handlers_wait(), HarmfulPasses(harmful_closure, params, *options) as harmful:
-            trial = None if self._now.checked else harmful.trial()
-            h, g = harmful.run()  # h(w), ∇h(w)
+            with asking_gradients(frozen):
+                trial = None if self._now.checked else harmful.trial()
+                h, g = harmful.run()  # h(w), ∇h(w)
+            if not self.independent_ranks:
+                average_(g[len(groups) :])  # which nobody else does
+            along = [x if p in moves else None for p, x in zip(params, g, strict=True)]
 
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
-            live = local(p.detach() for p, x in zip(params, g, strict=True) if x is not None)
-            direction = local(x for x in g if x is not None)
-            n = tensor_norms(filled(g, norms(direction)), params, self.module)  # ‖∇ᵢh(w)‖
+            live = local(p.detach() for p, x in zip(params, along, strict=True) if x is not None)
+            direction = local(x for x in along if x is not None)
+            n = tensor_norms(filled(along, norms(direction)), params, self.module)  # ‖∇ᵢh(w)‖
             s = step_sizes(n, alphas, self.norm, self.eps)  # α/(‖∇h(w)‖ + ε)
             expected = (s * n * n).sum()  # h(w) − h(w′) to first order
             if trial is not None and not self.independent_ranks:
@@ -320,17 +336,17 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
             w = copies(live)
             restore = copying(live, w)
             try:
-                moved = perturb_(live, w, direction, entries(s, g))  # w′ = w − s·∇h(w)
+                moved = perturb_(live, w, direction, entries(s, along))  # w′ = w − s·∇h(w)
                 rounded = None if trial is None else moved_fraction(live, w, direction)
                 h_prime, difference = harmful.run_against(g, self.no_sync)  # ∇h(w) − ∇h(w′)
             finally:
                 restore()
 
-        length = s * n if moved is None else tensor_norms(filled(g, moved), params, self.module)
+        length = s * n if moved is None else tensor_norms(filled(along, moved), params, self.module)
         if trial is not None:
             warn_of_passes(trial, h, h - h_prime, rounded)
         self._note(h, h_prime, n, length, expected)
-        return difference
+        return difference[: len(groups)]
 
     def _add(self, groups: dict[Tensor, dict[str, Any]], difference: Grads) -> None:
         """Adds λ·(∇h(w) − ∇h(w′)) to `.grad`."""

@@ -38,6 +38,7 @@ LOOKS = {
     "booster": Look("#0072b2", "D", (5, 1, 1, 1)),
     "booster_warmed": Look("#332288", "v", (3, 1.25, 1.25, 1.25, 1.25, 1.25)),
     "booster_recommended": Look("#000000", "^", (4, 1, 4, 1, 1, 1)),
+    "booster_merged": Look("#56b4e9", "<", (2, 1)),
 }
 LABELS = {METHODS[method].label: look for method, look in LOOKS.items()}
 

@@ -158,6 +158,8 @@ def _in_steps(half: int) -> dict[str, float]:
         "booster_warmed.warmup": half,
         "booster_recommended.warmup": half,
         "booster_recommended.delay": half // 2,
+        "booster_merged.warmup": half,
+        "booster_merged.delay": half // 2,
     }
 
 

@@ -32,6 +32,7 @@ from benchmarks.harmful_finetuning.experiments import EXPERIMENTS, points  # noq
 from benchmarks.harmful_finetuning.methods import METHODS, defaults, hyperparameters  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster import Booster  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld  # noqa: E402
+from benchmarks.harmful_finetuning.methods.booster_merged import BoosterMerged  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster_mixture import BoosterMixture  # noqa: E402
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine  # noqa: E402
 from benchmarks.harmful_finetuning.methods.lisa import Lisa  # noqa: E402
@@ -201,6 +202,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster": (Booster, SFT, True),
         "booster_warmed": (Booster, SFT, True),
         "booster_recommended": (Booster, SFT, True),
+        "booster_merged": (BoosterMerged, SFT, False),
         "booster_mixture": (BoosterMixture, SFT, True),
         "booster_vaccine": (BoosterVaccine, SFT, True),
         "booster_lisa": (Booster, Lisa, True),
@@ -213,6 +215,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
     lisa = {"rho": 0.01, "alignment_steps": 100, "user_steps": 900, "steps": 2000}
     booster = {"lam": 5.0, "alpha": 0.1, "norm": "global", "warmup": 0, "delay": 0, "every": 1}
     recommended = dict(METHODS["booster_recommended"].values)
+    merged = {"lam": 20.0, "alpha": 0.1, "norm": "tensor", "warmup": 500, "delay": 250}
     assert {name: hyperparameters(name, Settings()) for name in METHODS} == {
         "sft": {},
         "lisa": lisa,
@@ -221,6 +224,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "booster": booster,
         "booster_warmed": booster | {"warmup": 500},
         "booster_recommended": booster | recommended,
+        "booster_merged": merged,
         "booster_mixture": recommended | {"spread": 4.0},
         "booster_vaccine": {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
         "booster_lisa": booster | lisa,
@@ -560,6 +564,17 @@ def test_the_mixture_steps_a_length_of_its_range_each_time(model: Any) -> None:
     stage.optimizer.zero_grad()
     stage.backward(learned(), auxiliary())
     assert agree(grads(model), booster_oracle(model, 5.0, stage.optimizer.alpha))
+
+
+def test_booster_merged_perturbs_what_the_adapter_will_be_merged_into() -> None:
+    model = tiny(lora=True)
+    stage = make(BoosterMerged, model, lam=5.0, alpha=0.1)
+    below = [p for name, p in model.named_parameters() if name.endswith("base_layer.weight")]
+    assert [id(p) for p in stage.optimizer.perturbed] == [id(p) for p in below]
+    stage.backward(learned(), auxiliary())
+    assert stage.diagnostics()["perturbation_norm"] == pytest.approx(0.1, rel=1e-5)
+    with pytest.raises(ValueError, match="no layer with an active adapter"):
+        make(BoosterMerged, tiny())
 
 
 def test_booster_vaccine_is_vaccine_plus_the_regulariser(model: Any) -> None:

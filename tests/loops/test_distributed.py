@@ -285,6 +285,22 @@ def ddp_no_sync_needs_accumulating_alignment(rank: int) -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def ddp_perturbs_frozen_weights(rank: int, *, norm: Any) -> None:
+    """DDP leaves gradients of frozen weights to each rank; the step takes their mean."""
+    models = []
+    for of, world in ((0, 1), (rank, 2)):
+        model = Net(False)
+        model.inner.requires_grad_(False)
+        wrapped = model if world == 1 else DistributedDataParallel(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = model.inner.parameters()
+        opt = BoosterOptimizer(base_optimizer(trained), 5.0, 0.1, norm=norm, perturbed=frozen)
+        train(wrapped, opt, rank=of, world=world)
+        models.append(model)
+    alone, together = models
+    assert_same(together, {name: p.detach() for name, p in alone.named_parameters()})
+
+
 # Fully sharded and tensor parallel
 
 
@@ -319,6 +335,15 @@ def fsdp2_case(
     # ε counts for more beside the smaller norms of single tensors.
     rel = 1e-6 if norm == "global" else 1e-3
     assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.1, rel=rel)
+
+
+def fsdp2_refuses_frozen_weights(rank: int) -> None:
+    model = Net(False)
+    model.inner.requires_grad_(False)
+    fully_shard(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="sharded weight"):
+        BoosterOptimizer(base_optimizer(trained), perturbed=model.inner.parameters())
 
 
 def fsdp2_refuses_a_local_first_pass(rank: int) -> None:
@@ -605,6 +630,11 @@ TWO |= {
         fsdp1_case, norm="tensor", original=False, strategy="FULL_SHARD"
     ),
     "tensor_parallel_tensor_norm": partial(tensor_parallel_case, norm="tensor"),
+    **{
+        f"ddp_perturbs_frozen_weights_{norm}": partial(ddp_perturbs_frozen_weights, norm=norm)
+        for norm in ("global", "tensor")
+    },
+    "fsdp2_refuses_frozen_weights": fsdp2_refuses_frozen_weights,
     "ddp_no_sync_needs_accumulating_alignment": ddp_no_sync_needs_accumulating_alignment,
 }
 

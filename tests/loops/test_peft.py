@@ -27,6 +27,8 @@ from tests.tiny_llama import (
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
+from torch_booster.integrations.peft import merged_weights  # noqa: E402
+
 pytestmark = [
     # peft asks models for a property that transformers has renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -112,6 +114,35 @@ def test_the_perturbation_reaches_the_adapter_alone(name: str) -> None:
     assert moved(everything, before) == set()
     length = sum(float((at_w_prime[n] - w).square().sum()) for n, w in before.items()) ** 0.5
     assert length == pytest.approx(ALPHA, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "lora_on_embedding", "modules_to_save"])
+def test_the_weights_of_a_merged_adapter_are_perturbed(name: str) -> None:
+    """What `merged_weights` finds is what merging changes, and what the simulated step moves."""
+    model = adapted(name)
+    torch.manual_seed(2)
+    for p in trainable(model).values():  # a fresh adapter changes nothing
+        p.data += 0.1 * torch.randn_like(p)
+    weights = {n: p for n, p in model.named_parameters() if "modules_to_save" not in n}
+    optimizer = boosted(trainable(model).values(), perturbed=merged_weights(model))
+    seen: list[dict[str, Tensor]] = []
+
+    def harmful() -> Tensor:
+        seen.append(snapshot(weights))
+        return closure(model, HARMFUL)()
+
+    before = snapshot(weights)
+    optimizer.zero_grad()
+    optimizer.regularize(harmful)
+    changed = moved(seen[-1], before)
+    assert moved(weights, before) == set()
+    model.merge_adapter()
+    assert changed == moved(weights, before) != set()
+
+
+def test_a_model_without_an_adapter_has_nothing_to_merge() -> None:
+    with pytest.raises(ValueError, match="no layer with an active adapter"):
+        merged_weights(tiny_llama())
 
 
 def test_bfloat16_base_rounds_nothing_away() -> None:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import count, islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,13 @@ class BoosterArguments:
         default="global",
         metadata={
             "help": "One norm for the whole simulated step (the paper's), or one per tensor."
+        },
+    )
+    perturb_merged: bool = field(
+        default=False,
+        metadata={
+            "help": "Simulate the harmful step in the weights that PEFT's adapter will be merged "
+            "into, in the place of the adapter's own."
         },
     )
     self_check: bool = field(
@@ -257,6 +264,11 @@ class BoosterMixin(Trainer):
                 "passes would reduce them along with their own. Set "
                 "gradient_accumulation_steps=1 and a larger batch, or use DDP."
             )
+        if self.booster_args.perturb_merged and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "perturb_merged needs the whole gradient of frozen weights, which DeepSpeed and "
+                "FSDP shard. Set perturb_merged=False, or use DDP."
+            )
         if "lomo" in self.args.optim or "layerwise" in self.args.optim:
             raise ValueError(
                 f"optim={self.args.optim!r} updates weights inside the backward pass, harmful "
@@ -324,11 +336,13 @@ class BoosterMixin(Trainer):
         optimizer: Any = self.optimizer if given is None else given
         wrapped = isinstance(_bare(optimizer), BoosterOptimizer)  # it is in a second call of train
         if not wrapped and not self.is_deepspeed_enabled:
+            # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
+            module: Any = self.model if model is None else model
             optimizer = BoosterOptimizer(
                 _bare(optimizer),
                 **self._hyperparameters(),
-                # A model is given where its optimizer has to wait for FSDP1, whose norm needs it.
-                module=self.model if model is None else model,
+                perturbed=_merged_weights(module) if self.booster_args.perturb_merged else None,
+                module=module,
             )
         self.optimizer = optimizer
         return optimizer
@@ -344,7 +358,7 @@ class BoosterMixin(Trainer):
         """`booster_args`, as they are from now on followed."""
         args = self._followed = replace(self.booster_args)
         told = asdict(args)
-        del told["per_device_harmful_batch_size"]
+        del told["per_device_harmful_batch_size"], told["perturb_merged"]
         return told
 
     def _follow_arguments(self, booster: Hyperparameters) -> None:
@@ -356,6 +370,9 @@ class BoosterMixin(Trainer):
         for name in ("norm", "lam_warmup_steps", "lam_delay_steps", "every"):
             if getattr(new, name) != getattr(old, name):
                 setattr(booster, name, getattr(new, name))
+        if new.perturb_merged != old.perturb_merged:
+            weights = _merged_weights(self.model) if new.perturb_merged else None
+            cast(BoosterOptimizer, booster).perturbed = weights
         for key, before, after in ((LAM, old.lam, new.lam), (ALPHA, old.alpha, new.alpha)):
             booster._defaults[key] = float(after)
             for group in booster._groups():
@@ -652,6 +669,12 @@ class BoosterMixin(Trainer):
 
 class BoosterTrainer(BoosterMixin, Trainer):
     """`transformers.Trainer` on the Booster gradient; its rules and arguments are the mixin's."""
+
+
+def _merged_weights(model: nn.Module) -> list[Tensor]:
+    from torch_booster.integrations.peft import merged_weights  # peft is not everyone's
+
+    return merged_weights(model)
 
 
 def _bare(optimizer: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harmful_finetuning.methods.booster import Booster
 from benchmarks.harmful_finetuning.methods.booster_held import BoosterHeld
+from benchmarks.harmful_finetuning.methods.booster_merged import BoosterMerged
 from benchmarks.harmful_finetuning.methods.booster_mixture import BoosterMixture
 from benchmarks.harmful_finetuning.methods.booster_vaccine import BoosterVaccine
 from benchmarks.harmful_finetuning.methods.lisa import Lisa
@@ -70,6 +71,12 @@ METHODS: dict[str, Method] = {
         "Booster, recommended",
         Booster,
         values={"norm": "tensor", "lam": 10.0, "alpha": 0.2, "warmup": 500, "delay": 250},
+    ),
+    "booster_merged": Method(
+        "Booster, in the merged weights",
+        OWN,
+        BoosterMerged,
+        values={"warmup": 500, "delay": 250},
     ),
     "booster_mixture": _booster(
         "Booster, lengths mixed",

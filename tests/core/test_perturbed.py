@@ -1,0 +1,221 @@
+"""A simulated step in other weights than those that train: w′ = (w, v − α·∇ᵥh/(‖∇ᵥh‖ + ε))."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+
+from torch_booster import BoosterOptimizer
+
+ALPHA, LAM = 0.7, 3.0
+NORMS = ("global", "tensor")
+
+
+class Adapted(nn.Module):
+    """Two frozen layers, each with a low-rank correction that trains."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+        self.base = nn.ParameterList([weight(6, 5), weight(3, 6)]).requires_grad_(False)
+        self.down = nn.ParameterList([weight(2, 5), weight(2, 6)])
+        self.up = nn.ParameterList([weight(6, 2), weight(3, 2)])
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [*self.down, *self.up]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for w, a, b in zip(self.base, self.down, self.up, strict=True):
+            x = torch.tanh(x @ (w + b @ a).T)
+        return x
+
+
+def targets(model: nn.Module, seed: int, times: float = 1.0) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    y = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        loss = times * (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def boosted(model: Adapted, perturbed: Any = None, **more: Any) -> BoosterOptimizer:
+    base = torch.optim.SGD(model.trained, lr=0.1)
+    return BoosterOptimizer(base, LAM, ALPHA, eps=0.0, perturbed=perturbed, **more)
+
+
+def gradient(model: Adapted, seed: int, of: Sequence[Tensor]) -> list[Tensor]:
+    """∇h of any weights, frozen or not, by a twin whose weights all train."""
+    names = {p: n for n, p in model.named_parameters()}
+    twin = copy.deepcopy(model).requires_grad_()
+    targets(twin, seed)()
+    made = {n: p.grad for n, p in twin.named_parameters()}
+    return [g for p in of if (g := made[names[p]]) is not None]
+
+
+def formula(model: Adapted, moves: Sequence[Tensor], norm: str) -> list[Tensor]:
+    """∇f + λ·(∇h(w, v) − ∇h(w, v′)) of the weights that train, one tensor after the other."""
+    f, h = (gradient(model, seed, model.trained) for seed in (1, 2))
+    along = gradient(model, 2, moves)
+    whole = sum(float(g.square().sum()) for g in along) ** 0.5
+    names = {p: n for n, p in model.named_parameters()}
+    twin = copy.deepcopy(model)
+    for v, g in zip(moves, along, strict=True):
+        length = whole if norm == "global" else float(g.norm()) * len(moves) ** 0.5
+        twin.get_parameter(names[v]).data -= ALPHA * g / length
+    there = gradient(twin, 2, twin.trained)
+    return [a + LAM * (b - c) for a, b, c in zip(f, h, there, strict=True)]
+
+
+def chosen(model: Adapted, which: str) -> list[Tensor]:
+    return {
+        "base": [*model.base],
+        "one of them": [model.base[1]],
+        "base and adapter": [*model.base, *model.trained],
+        "a part of the adapter": [*model.up],
+    }[which]
+
+
+CHOICES = ("base", "one of them", "base and adapter", "a part of the adapter")
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("which", CHOICES)
+@given(seed=st.integers(0, 2**31))
+def test_the_gradient_is_the_formulas(which: str, norm: str, accumulates: bool, seed: int) -> None:
+    model = Adapted(seed)
+    moves = chosen(model, which)
+    wanted = formula(model, moves, norm)
+    opt = boosted(model, moves, norm=norm, accumulates=accumulates)
+    opt.zero_grad()
+    opt.backward(targets(model, 1), targets(model, 2))
+    for p, g in zip(model.trained, wanted, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-9)
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(ALPHA)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_all_that_trains_is_the_default(norm: str) -> None:
+    runs = []
+    for told in (False, True):
+        model = Adapted()
+        opt = boosted(model, model.trained if told else None, norm=norm)
+        for _ in range(3):
+            opt.zero_grad()
+            opt.step(targets(model, 1), targets(model, 2))
+        runs.append(model.trained)
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_weights_are_asked_for_a_gradient_in_the_first_pass_alone() -> None:
+    model = Adapted()
+    opt = boosted(model, [*model.base], self_check=False)
+    asked, seen = [], []
+
+    def harmful() -> Tensor:
+        asked.append([p.requires_grad for p in model.base])
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return targets(model, 2)()
+
+    model.base[0].grad = kept = torch.ones_like(model.base[0])
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.zero_grad()
+    opt.step(targets(model, 1), harmful)
+    assert asked == [[True, True], [False, False]]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], before, strict=True))
+    moved = [not torch.equal(a, b) for a, b in zip(seen[1], before, strict=True)]
+    assert moved == [True, True, False, False, False, False]  # the base and nothing else
+    assert not any(p.requires_grad for p in model.base)
+    assert all(torch.equal(p, w) for p, w in zip(model.base, before, strict=False))
+    assert torch.equal(model.base[0].grad, kept)
+    assert model.base[1].grad is None
+
+
+@pytest.mark.parametrize("fails_in", [1, 2, 3])
+def test_whatever_a_closure_raises(fails_in: int) -> None:
+    model = Adapted()
+    opt = boosted(model, [*model.base])
+    passes = 0
+
+    def harmful() -> Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == fails_in:
+            raise KeyboardInterrupt
+        return targets(model, 2)()
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        opt.regularize(harmful)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    assert not any(p.requires_grad for p in model.base)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_alpha_zero_moves_nothing_and_lambda_zero_runs_nothing() -> None:
+    model = Adapted()
+    opt = boosted(model, [*model.base], self_check=False)
+    opt.alpha = 0.0
+    opt.regularize(targets(model, 2))
+    assert not any(p.grad.any() for p in model.trained if p.grad is not None)
+    opt.zero_grad()
+    opt.lam = 0.0
+    assert opt.regularize(pytest.fail) is None  # pyright: ignore[reportArgumentType]
+
+
+def test_copies_of_the_optimizer_perturb_their_own_weights() -> None:
+    model = Adapted()
+    model, opt = copy.deepcopy((model, boosted(model, [*model.base])))
+    assert [id(p) for p in opt.perturbed or ()] == [id(p) for p in model.base]
+
+
+def test_groups_that_differ_in_alpha() -> None:
+    model = Adapted()
+    groups = [{"params": [*model.down], "booster_alpha": 0.5}, {"params": [*model.up]}]
+    base = torch.optim.SGD(groups, lr=0.1)
+    opt = BoosterOptimizer(base, LAM, ALPHA, perturbed=model.base)
+    with pytest.raises(ValueError, match="different alpha"):
+        opt.regularize(targets(model, 2))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("perturbed", "error", "said"),
+    [
+        ([], ValueError, "holds no weights"),
+        (torch.ones(3), ValueError, "Pass a list of tensors"),
+        ([("w", torch.ones(3))], TypeError, "without their names"),
+        ([torch.ones(3, dtype=torch.int8)], ValueError, "quantised"),
+        ([torch.ones(3, requires_grad=True) * 2], ValueError, "no leaf"),
+    ],
+)
+def test_what_is_refused(perturbed: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        boosted(Adapted(), perturbed)
+
+
+def test_weights_that_the_loss_does_not_reach() -> None:
+    """They make no direction: the second pass is the first, and nothing is added."""
+    model = Adapted()
+    opt = boosted(model, [nn.Parameter(torch.ones(3))], self_check=False)
+    opt.regularize(targets(model, 2))
+    assert not any(p.grad.any() for p in model.trained if p.grad is not None)
