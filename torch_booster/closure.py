@@ -34,6 +34,7 @@ __all__ = [
     "Waiting",
     "add_scaled",
     "asking_gradients",
+    "insist_on_direction",
     "insist_on_gradients",
     "loss_of",
     "set_aside",
@@ -329,6 +330,16 @@ def insist_on_gradients(name: str, params: Sequence[Tensor]) -> None:
             f"{name} made no gradients: no parameter of the optimizer has a .grad. Call "
             "loss.backward() in the closure, on a loss that depends on these parameters, and let "
             "FSDP2 reduce: not under set_requires_gradient_sync(False)."
+        )
+
+
+def insist_on_direction(grads: Grads) -> None:
+    """Raises where a harmful pass made no gradient of any weight that is to be perturbed."""
+    if all(g is None for g in grads):
+        raise RuntimeError(
+            "harmful_closure made no gradient of any weight in perturbed, so that there is no "
+            "direction to move them in. Pass weights of the model that it runs, and leave out "
+            "kernels that give frozen weights no gradient (fused LoRA, Unsloth's)."
         )
 
 

@@ -29,6 +29,7 @@ from torch_booster.closure import (
     Waiting,
     add_scaled,
     asking_gradients,
+    insist_on_direction,
     insist_on_gradients,
     set_aside,
 )
@@ -323,6 +324,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
             if not self.independent_ranks:
                 average_(g[len(groups) :])  # which nobody else does
             along = [x if p in moves else None for p, x in zip(params, g, strict=True)]
+            insist_on_direction(along)
 
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
             live = local(p.detach() for p, x in zip(params, along, strict=True) if x is not None)

@@ -214,8 +214,22 @@ def test_what_is_refused(perturbed: Any, error: type[Exception], said: str) -> N
 
 
 def test_weights_that_the_loss_does_not_reach() -> None:
-    """They make no direction: the second pass is the first, and nothing is added."""
-    model = Adapted()
-    opt = boosted(model, [nn.Parameter(torch.ones(3))], self_check=False)
+    """One of them may be an expert that this batch leaves out; where all are, it is a mistake."""
+    model, stranger = Adapted(), nn.Parameter(torch.ones(3))
+    opt = boosted(model, [stranger, *model.base], self_check=False)
     opt.regularize(targets(model, 2))
-    assert not any(p.grad.any() for p in model.trained if p.grad is not None)
+    alone = [p.grad for p in model.trained]
+    opt = boosted(model, model.base, self_check=False)
+    opt.zero_grad()
+    opt.regularize(targets(model, 2))
+    assert all(
+        torch.equal(p.grad, g)
+        for p, g in zip(model.trained, alone, strict=True)
+        if p.grad is not None and g is not None
+    )
+    opt = boosted(model, [stranger])
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="no gradient of any weight in perturbed"):
+        opt.regularize(targets(model, 2))
+    assert all(p.grad is None for p in model.parameters())
+    assert stranger.grad is None
