@@ -8,6 +8,8 @@ the merged ones.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from torch_booster.integrations import needs
@@ -37,7 +39,9 @@ def merged_weights(model: nn.Module) -> list[Tensor]:
         >>> [tuple(w.shape) for w in merged_weights(model)]
         [(8, 4), (2, 8)]
     """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.active_adapters]
+    layers: list[Any] = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.active_adapters
+    ]
     weights = [layer.get_base_layer().weight for layer in layers]
     if not weights:
         raise ValueError(

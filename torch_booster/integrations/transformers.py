@@ -671,7 +671,7 @@ class BoosterTrainer(BoosterMixin, Trainer):
     """`transformers.Trainer` on the Booster gradient; its rules and arguments are the mixin's."""
 
 
-def _merged_weights(model: nn.Module) -> list[Tensor]:
+def _merged_weights(model: Any) -> list[Tensor]:
     from torch_booster.integrations.peft import merged_weights  # peft is not everyone's
 
     return merged_weights(model)
