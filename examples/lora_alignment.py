@@ -45,7 +45,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from benchmarks.harmful_finetuning import runs
 from benchmarks.harmful_finetuning.figures import attacks
 from benchmarks.harmful_finetuning.intervals import break_step
-from benchmarks.harmful_finetuning.methods import METHODS
+from benchmarks.harmful_finetuning.methods import METHODS, RECOMMENDED
 from benchmarks.harmful_finetuning.presets import preset
 from benchmarks.harmful_finetuning.runs import Run
 from benchmarks.harmful_finetuning.settings import Settings, changed
@@ -76,10 +76,12 @@ class Arguments:
 def parsed(argv: list[str]) -> Arguments:
     """The command line over the demo's settings, or with a model of one's own the paper's."""
     own = any(word.startswith(("--base.model", "--data.harmful.set")) for word in argv)
-    small = preset("small", "full" if "full" in argv else "lora")
+    trained = "full" if "full" in argv else "lora"
+    small = preset("small", trained)
     # The user's adapter is one of the user's own, which is the easier one to defend against.
     demo = changed(small, {"given": {}, "attack.adapters": "double"})
-    default = Arguments(settings=Settings() if own else demo)
+    methods: Any = ("sft", "booster", RECOMMENDED[trained])
+    default = Arguments(methods=methods, settings=Settings() if own else demo)
     return tyro.cli(Arguments, args=argv, default=default, description=__doc__)
 
 

@@ -51,7 +51,7 @@ from benchmarks.harmful_finetuning.experiments import (
     tuning_points,
 )
 from benchmarks.harmful_finetuning.intervals import break_step
-from benchmarks.harmful_finetuning.methods import METHODS
+from benchmarks.harmful_finetuning.methods import METHODS, RECOMMENDED
 from benchmarks.harmful_finetuning.presets import PRESETS, preset
 from benchmarks.harmful_finetuning.settings import Settings, changed, config_flags
 
@@ -117,16 +117,16 @@ class Report(Common):
     """fractions of the user's samples that are harmful"""
     seeds: tuple[int, ...] = (0,)
     """of batches, adapters and the user's samples"""
-    methods: tuple[MethodName, ...] = ("sft", "booster_recommended")
-    """which; the verdict compares the first and the last"""
+    methods: tuple[MethodName, ...] = ()
+    """which; the verdict compares the first and the last (none: sft and what is recommended)"""
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later."""
         super().__post_init__()
-        for name in ("p", "seeds", "methods"):
+        for name in ("p", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty, name at least one")
-        if len(set(self.methods)) < 2:
+        if len(set(self.methods)) == 1:
             raise ValueError("a report compares methods: name at least two, such as sft booster")
 
 
@@ -367,7 +367,7 @@ def _run(command: Run, argv: list[str], console: Console) -> int:
 def _report(command: Report, console: Console) -> int:
     wanted = [
         runs.run_of(method, seed, changed(command.tuned, {"attack.p": p}))
-        for method in command.methods
+        for method in command.methods or ("sft", RECOMMENDED[command.settings.trained])
         for seed in command.seeds
         for p in command.p
     ]

@@ -98,6 +98,9 @@ METHODS: dict[str, Method] = {
     "second_order": _booster("Booster, second order", SecondOrder, like=("booster",)),
 }
 
+RECOMMENDED = {"full": "booster_recommended", "lora": "booster_merged"}
+"""The method to take, by what trains."""
+
 
 def hyperparameters(name: str, settings: Settings) -> dict[str, Any]:
     """All hyperparameters of a method's two stages, with what the settings give it.

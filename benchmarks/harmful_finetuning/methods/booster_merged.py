@@ -32,6 +32,9 @@ class BoosterMerged(Booster):
         norm: "global" or "tensor".
         warmup: T, steps until the full λ.
         delay: D, steps without a regulariser.
+
+    Raises:
+        ValueError: The weights below the adapter are narrower than 32 bits.
     """
 
     def __init__(
@@ -45,7 +48,13 @@ class BoosterMerged(Booster):
         warmup: int = 0,
         delay: int = 0,
     ) -> None:
+        weights = merged_weights(model)
+        if narrow := next((w.dtype for w in weights if w.dtype.itemsize < 4), None):
+            raise ValueError(
+                f"the base model is in {narrow}, which rounds the simulated step away; load it in "
+                "float32, with --base.dtype float32"
+            )
         super().__init__(
             model, optimizer, lam=lam, alpha=alpha, norm=norm, warmup=warmup, delay=delay
         )
-        self.optimizer.perturbed = merged_weights(model)
+        self.optimizer.perturbed = weights
