@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 __all__ = [
@@ -85,29 +86,50 @@ def checked_closure(name: str, closure: Any) -> Any:
     return closure
 
 
-def checked_perturbed(perturbed: Iterable[Any]) -> list[Tensor]:
+def checked_perturbed(perturbed: Any) -> list[Tensor]:
     """The weights that a simulated step is to move, each once."""
-    tensors = [] if isinstance(perturbed, Tensor) else list(dict.fromkeys(perturbed))
-    if not tensors:
+    if isinstance(perturbed, (Tensor, str, set, frozenset)) or not isinstance(perturbed, Iterable):
+        raise TypeError(
+            f"perturbed must be a list of tensors, got {shown(perturbed)}. Pass them in an order "
+            "that is the same on every process."
+        )
+    found: dict[int, Tensor] = {}
+    for weight in perturbed:
+        _refuse_weight(weight)
+        same = found.setdefault(weight.data_ptr(), weight) if weight.numel() else weight
+        if same is not weight:
+            raise ValueError(
+                f"perturbed holds two tensors of shapes {tuple(same.shape)} and "
+                f"{tuple(weight.shape)} that share their memory, and would move it twice. Pass one."
+            )
+    if not found:
         raise ValueError(
             f"perturbed is {shown(perturbed)}, which holds no weights. Pass a list of tensors, or "
-            "nothing where the step is to move what trains."
+            "None where the step is to move what trains."
         )
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"perturbed holds {shown(tensor)}. Pass tensors, without their names.")
-        if not (tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex())):
-            raise ValueError(
-                f"perturbed holds a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} that "
-                "can have no gradient of its own: a quantised weight, or no leaf. Load the base in "
-                "a floating-point dtype, and pass parameters."
-            )
-        if hasattr(tensor, "device_mesh") or hasattr(tensor, "_fsdp_flattened"):
-            raise ValueError(
-                "perturbed holds a sharded weight (FSDP, tensor parallel), which gets no gradient "
-                "while it is frozen. Leave perturbed out there, or use DDP."
-            )
-    return tensors
+    return [*found.values()]
+
+
+def _refuse_weight(weight: Any) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"perturbed holds {shown(weight)}. Pass tensors, without their names.")
+    what = f"perturbed holds a tensor of {weight.dtype} and shape {tuple(weight.shape)}"
+    if hasattr(weight, "device_mesh") or hasattr(weight, "_fsdp_flattened"):
+        raise ValueError(
+            f"{what} that is sharded (FSDP, tensor parallel) and gets no gradient while it is "
+            "frozen. Leave perturbed out there, or use DDP."
+        )
+    real = weight.is_floating_point() or weight.is_complex()
+    if type(weight) not in (Tensor, Parameter) or not real or weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"{what} that is quantised, or of a type of its own ({type(weight).__name__}), and can "
+            "have no gradient. Load the base in a floating-point dtype."
+        )
+    if not weight.is_leaf or weight.is_inference() or weight.is_meta:
+        raise ValueError(
+            f"{what} that is no leaf, or is without memory or gradients of its own (meta, "
+            "offloaded, made in inference mode). Pass the parameters of the loaded model."
+        )
 
 
 def checked_base(base_optimizer: Any, kind: type[Optimizer]) -> Optimizer:

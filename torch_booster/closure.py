@@ -12,8 +12,9 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import zip_longest
 from numbers import Real
 from typing import Any
@@ -33,8 +34,6 @@ __all__ = [
     "RandomState",
     "Waiting",
     "add_scaled",
-    "asking_gradients",
-    "insist_on_direction",
     "insist_on_gradients",
     "loss_of",
     "set_aside",
@@ -52,6 +51,7 @@ class HarmfulPasses:
     Args:
         closure: The harmful closure.
         params: The trainable parameters.
+        frozen: Weights beside them, of which the first pass alone makes a gradient.
         replay_rng: Give each pass the random state of the first (equal dropout masks).
         module: Module whose buffers and whose other parameters' gradients are put back.
         accumulates: The closure promises to do nothing but accumulate into `.grad`.
@@ -61,20 +61,22 @@ class HarmfulPasses:
         self,
         closure: Closure,
         params: Sequence[Tensor],
+        frozen: Sequence[Tensor],
         replay_rng: bool,
         module: nn.Module | None,
         accumulates: bool,
     ) -> None:
         self._closure = closure
-        self._params = params
+        self._params = [*params, *frozen]
+        self._trained, self._frozen = params, frozen
         self._module = module
         self._accumulates = accumulates
         self._rng = RandomState() if replay_rng else None
-        self._buffers = Buffers(module)
-        ours = {*params}
+        ours = {*self._params}
+        self._buffers = Buffers(module, ours)
         everything = () if module is None else module.parameters()
         others = [p for p in everything if p.requires_grad and p not in ours]
-        self._held = [*params, *others]
+        self._held = [*self._params, *others]
         self._kept: Grads = [None] * len(self._held)
 
     def __enter__(self) -> HarmfulPasses:
@@ -119,9 +121,10 @@ class HarmfulPasses:
                 stacklevel=6,
             )
         if self._accumulates:
-            length = _length(g)
+            n = len(self._trained)
+            length = _length(g[:n])
             _, left = self.run_against(g)  # ∇h(w) − ∇h(w)
-            if _length(left) > 0.01 * length:
+            if _length(left[:n]) > 0.01 * length:
                 raise RuntimeError(_NOT_ACCUMULATED)
         return loss
 
@@ -131,7 +134,8 @@ class HarmfulPasses:
         Returns:
             The loss, and its gradients as copies, None for parameters that it does not reach.
         """
-        loss = self._call([None] * len(self._params))
+        with _asking_gradients(self._frozen):
+            loss = self._call([None] * len(self._params))
         grads = self._made()
         if not self._accumulates:  # else the next pass goes on top of them
             grads = _copied(grads)
@@ -174,7 +178,7 @@ class HarmfulPasses:
         with torch.enable_grad():
             loss = self._closure()
         self._returned: Any = loss
-        insist_on_gradients("harmful_closure", self._params)
+        insist_on_gradients("harmful_closure", self._trained)
         return loss_of(loss)
 
     def _strangers(self) -> list[Tensor]:
@@ -310,16 +314,16 @@ def set_aside(params: Sequence[Tensor]) -> Generator[Sequence[Tensor]]:
 
 
 @contextmanager
-def asking_gradients(params: Sequence[Tensor]) -> Generator[None]:
+def _asking_gradients(params: Sequence[Tensor]) -> Generator[None]:
     """Context in which autograd makes gradients of weights that may be frozen."""
-    asked = [(p, p.requires_grad) for p in params]
+    # One call into C, between whose parts no handler of a signal can raise, as for the weights.
+    restore = partial(list, map(Tensor.requires_grad_, params, [p.requires_grad for p in params]))
     try:
         for p in params:
             p.requires_grad_(True)
         yield
     finally:
-        for p, before in asked:
-            p.requires_grad_(before)
+        restore()
 
 
 def insist_on_gradients(name: str, params: Sequence[Tensor]) -> None:
@@ -330,16 +334,6 @@ def insist_on_gradients(name: str, params: Sequence[Tensor]) -> None:
             f"{name} made no gradients: no parameter of the optimizer has a .grad. Call "
             "loss.backward() in the closure, on a loss that depends on these parameters, and let "
             "FSDP2 reduce: not under set_requires_gradient_sync(False)."
-        )
-
-
-def insist_on_direction(grads: Grads) -> None:
-    """Raises where a harmful pass made no gradient of any weight that is to be perturbed."""
-    if all(g is None for g in grads):
-        raise RuntimeError(
-            "harmful_closure made no gradient of any weight in perturbed, so that there is no "
-            "direction to move them in. Pass weights of the model that it runs, and leave out "
-            "kernels that give frozen weights no gradient (fused LoRA, Unsloth's)."
         )
 
 
@@ -397,13 +391,20 @@ class Buffers:
     """A module's buffers, and the plain values beside them that say what is in them.
 
     A rotary embedding, for one, remembers in an int for what length its frequencies were made.
+
+    Args:
+        module: The module, if there is one.
+        but: Buffers that somebody else moves and puts back.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module | None, but: Collection[Tensor] = ()) -> None:
         self._saved = [
             (
                 owner,
-                {name: (b, None if b is None else b.clone()) for name, b in owner._buffers.items()},
+                {
+                    name: (b, None if b is None or b in but else b.clone())
+                    for name, b in owner._buffers.items()
+                },
                 {
                     name: value
                     for name, value in vars(owner).items()

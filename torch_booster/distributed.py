@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_booster.functional import copying, moved_to
 
-__all__ = ["average_", "copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
+__all__ = ["averaged", "copies", "local", "placed_like", "refuse_unequal", "tensor_norms"]
 
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -100,17 +100,24 @@ def tensor_norms(
     return torch.stack(on_device)
 
 
-def average_(tensors: Sequence[Tensor | None]) -> None:
-    """Averages plain tensors over the ranks of the default process group, if there is one.
+def averaged(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of plain tensors, averaged over the default process group, if there is one.
 
     Args:
-        tensors: The same on every rank, but for their values; None where there is nothing.
+        grads: This rank's; changed in place. None where its batch reached nothing.
+        params: What they are of, in the same order on every rank.
+
+    Returns:
+        The means; without a process group `grads` as they are.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            if tensor is not None:
-                torch.distributed.all_reduce(tensor)
-                tensor /= torch.distributed.get_world_size()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [*grads]
+    # Every rank sends every tensor: which of them a rank has reached, the others do not know.
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+    for grad in filled:
+        torch.distributed.all_reduce(grad)
+        grad /= torch.distributed.get_world_size()
+    return [*filled]
 
 
 def refuse_unequal(norm: Tensor) -> None:

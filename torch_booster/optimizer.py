@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -28,13 +28,11 @@ from torch_booster.closure import (
     HarmfulPasses,
     Waiting,
     add_scaled,
-    asking_gradients,
-    insist_on_direction,
     insist_on_gradients,
     set_aside,
 )
 from torch_booster.diagnostics import Diagnostics, warn_of_passes
-from torch_booster.distributed import average_, copies, local, refuse_unequal, tensor_norms
+from torch_booster.distributed import averaged, copies, local, refuse_unequal, tensor_norms
 from torch_booster.functional import (
     copying,
     entries,
@@ -186,13 +184,24 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         self.base_optimizer = checked_base(base_optimizer, BoosterOptimizer)
         self._now = Now(checked=not self_check)
         self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps)
-        self.perturbed = None if perturbed is None else checked_perturbed(perturbed)
+        self._self_check = self_check
+        self.perturbed = perturbed
         self.replay_rng = replay_rng
         self.module = module
         self.no_sync = no_sync
         self.independent_ranks = independent_ranks
         self.accumulates = accumulates
         self._begin()
+
+    @property
+    def perturbed(self) -> list[Tensor] | None:
+        """The weights that the simulated step moves; None for all that train."""
+        return self._perturbed
+
+    @perturbed.setter
+    def perturbed(self, weights: Iterable[Tensor] | None) -> None:
+        self._perturbed = None if weights is None else checked_perturbed(weights)
+        self._now.checked = not self._self_check  # other weights, other things to go wrong
 
     def _begin(self) -> None:
         *_, self._stepping = layers(self.base_optimizer)  # others may hold a step back
@@ -311,20 +320,14 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
                 "FSDP1 has flattened several tensors into one, so that they would share a norm. "
                 "Pass FullyShardedDataParallel(..., use_orig_params=True)."
             )
-        # What the simulated step moves: all that trains, or what it was told to.
-        moves = {*groups} if self.perturbed is None else {*self.perturbed}
-        params = list(dict.fromkeys((*groups, *(self.perturbed or ()))))
-        alphas = [groups[p][ALPHA] if p in groups else self.alpha for p in params]
-        frozen = params[len(groups) :]
+        trained, frozen = [*groups], [p for p in self.perturbed or () if p not in groups]
+        params = [*trained, *frozen]
+        alphas = [group[ALPHA] for group in groups.values()] + [self.alpha for _ in frozen]
         options = self.replay_rng, self.module, self.accumulates
-        with handlers_wait(), HarmfulPasses(harmful_closure, params, *options) as harmful:
-            with asking_gradients(frozen):
-                trial = None if self._now.checked else harmful.trial()
-                h, g = harmful.run()  # h(w), ∇h(w)
-            if not self.independent_ranks:
-                average_(g[len(groups) :])  # which nobody else does
-            along = [x if p in moves else None for p, x in zip(params, g, strict=True)]
-            insist_on_direction(along)
+        with handlers_wait(), HarmfulPasses(harmful_closure, trained, frozen, *options) as harmful:
+            trial = None if self._now.checked else harmful.trial()
+            h, g = harmful.run()  # h(w), ∇h(w)
+            along = g if self.perturbed is None else self._along(g, trained, frozen)
 
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
             live = local(p.detach() for p, x in zip(params, along, strict=True) if x is not None)
@@ -348,7 +351,27 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         if trial is not None:
             warn_of_passes(trial, h, h - h_prime, rounded)
         self._note(h, h_prime, n, length, expected)
-        return difference[: len(groups)]
+        return difference[: len(trained)]
+
+    def _along(self, g: Grads, trained: Sequence[Tensor], frozen: Sequence[Tensor]) -> Grads:
+        """The gradients along which `perturbed` moves, None for weights that stay."""
+        n = len(trained)
+        if frozen and not self.independent_ranks:  # nobody else averages theirs
+            if not self._now.checked:
+                lengths = norms(local(x for x in g[:n] if x is not None))
+                whole = tensor_norms(filled(g[:n], lengths), trained, self.module)
+                refuse_unequal(torch.linalg.vector_norm(whole))
+            g[n:] = averaged(g[n:], frozen)
+        moves = {*(self.perturbed or ())}
+        along = [x if p in moves else None for p, x in zip((*trained, *frozen), g, strict=True)]
+        there = [x for x in along if x is not None]
+        if not there or not (self._now.checked or any(x.any() for x in there)):
+            raise RuntimeError(
+                "harmful_closure made no gradient of any weight in perturbed, so that there is no "
+                "direction to move them in. Pass weights of the model that it runs, and leave out "
+                "kernels that give frozen weights no gradient (fused LoRA, Unsloth's)."
+            )
+        return along
 
     def _add(self, groups: dict[Tensor, dict[str, Any]], difference: Grads) -> None:
         """Adds λ·(∇h(w) − ∇h(w′)) to `.grad`."""

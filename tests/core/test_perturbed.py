@@ -198,19 +198,128 @@ def test_groups_that_differ_in_alpha() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def of_inference() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+class Packed(nn.Parameter):
+    """A weight of a type of its own, as those of torchao and of bitsandbytes are."""
+
+
+SHARED = torch.ones(3)
+
+
 @pytest.mark.parametrize(
     ("perturbed", "error", "said"),
     [
         ([], ValueError, "holds no weights"),
-        (torch.ones(3), ValueError, "Pass a list of tensors"),
+        (torch.ones(3), TypeError, "a list of tensors"),
+        ({torch.ones(3)}, TypeError, "in an order"),
+        (nn.Linear(2, 2), TypeError, "a list of tensors"),
+        (5, TypeError, "got 5"),
+        ([[torch.ones(3)]], TypeError, "Pass tensors"),
         ([("w", torch.ones(3))], TypeError, "without their names"),
         ([torch.ones(3, dtype=torch.int8)], ValueError, "quantised"),
+        ([torch.ones(3).to(torch.float8_e4m3fn)], ValueError, "quantised"),
+        ([Packed(torch.ones(3))], ValueError, r"of its own \(Packed\)"),
         ([torch.ones(3, requires_grad=True) * 2], ValueError, "no leaf"),
+        ([torch.ones(3, device="meta")], ValueError, "meta"),
+        ([of_inference()], ValueError, "inference"),
+        ([SHARED, SHARED.detach()], ValueError, "share their memory"),
     ],
 )
-def test_what_is_refused(perturbed: Any, error: type[Exception], said: str) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_refused(perturbed: Any, error: type[Exception], said: str, late: bool) -> None:
+    model = Adapted()
+    opt = boosted(model, model.base)
     with pytest.raises(error, match=said):
-        boosted(Adapted(), perturbed)
+        setattr(opt, "perturbed", perturbed) if late else boosted(model, perturbed)
+    assert opt.perturbed is not None
+    assert [id(p) for p in opt.perturbed] == [id(p) for p in model.base]
+
+
+def test_weights_that_are_named_twice_or_by_a_generator() -> None:
+    model = Adapted()
+    opt = boosted(model, (p for p in (*model.base, *model.base)))
+    assert opt.perturbed is not None
+    assert [id(p) for p in opt.perturbed] == [id(p) for p in model.base]
+
+
+def test_weights_that_are_set_later_are_looked_at() -> None:
+    """In bfloat16 next to nothing of the step is left, of which the first regulariser tells."""
+    model = Adapted().float()
+    model.base.bfloat16()
+    loss = lambda: sum((p.float() ** 2).sum() for p in model.parameters())  # noqa: E731
+
+    def closure() -> Any:
+        value: Any = loss()
+        value.backward()
+        return value
+
+    opt = boosted(model)
+    opt.alpha = 1e-4
+    opt.zero_grad()
+    opt.regularize(closure)
+    opt.perturbed = [*model.base]
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match="bfloat16"):
+        opt.regularize(closure)
+
+
+def test_a_buffer_of_the_module_is_moved_like_any_weight() -> None:
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(2, 4, dtype=torch.float64))
+            self.register_buffer("w", torch.ones(3, 2, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ (self.w @ self.a).T)
+
+    grads = []
+    for told in (False, True):
+        model = Buffered()
+        base = torch.optim.SGD([model.a], lr=0.1)
+        module = model if told else None
+        opt = BoosterOptimizer(base, LAM, ALPHA, perturbed=[model.w], module=module)
+        x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
+
+        def closure(model: Any = model, x: Tensor = x) -> Tensor:
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        opt.zero_grad()
+        opt.regularize(closure)
+        assert model.a.grad is not None
+        grads.append(model.a.grad)
+    assert grads[0].any()
+    assert torch.equal(*grads)
+
+
+def test_zeroing_in_spite_of_the_promise_is_found_beside_large_frozen_gradients() -> None:
+    model = Adapted()
+    for p in model.up:
+        p.data *= 1e-3  # so that the adapter's gradients are small
+    opt = boosted(model, model.base, accumulates=True)
+
+    def harmful() -> Tensor:
+        opt.base_optimizer.zero_grad()
+        return targets(model, 2)()
+
+    with pytest.raises(RuntimeError, match="accumulates=True"):
+        opt.regularize(harmful)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_loss_that_reaches_the_perturbed_weights_alone(accumulates: bool) -> None:
+    model, stranger = Adapted(), nn.Parameter(torch.ones(3))
+    base = torch.optim.SGD([stranger], lr=0.1)
+    opt = BoosterOptimizer(base, LAM, ALPHA, perturbed=model.base, accumulates=accumulates)
+    with pytest.raises(RuntimeError, match="made no gradients"):
+        opt.regularize(targets(model, 2))
+    assert all(p.grad is None for p in model.base)
 
 
 def test_weights_that_the_loss_does_not_reach() -> None:

@@ -301,6 +301,50 @@ def ddp_perturbs_frozen_weights(rank: int, *, norm: Any) -> None:
     assert_same(together, {name: p.detach() for name, p in alone.named_parameters()})
 
 
+def ddp_perturbs_experts(rank: int) -> None:
+    """Each rank's batch reaches another of the frozen weights; all ranks move both alike."""
+    model = Net(False)
+    model.inner.requires_grad_(False)
+    experts = [nn.Parameter(torch.ones(4).double(), requires_grad=False) for _ in range(2)]
+    wrapped = DistributedDataParallel(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = BoosterOptimizer(base_optimizer(trained), 5.0, 0.1, perturbed=experts)
+    seen: list[list[Tensor]] = []
+
+    def harmful() -> Tensor:
+        seen.append([p.detach().clone() for p in experts])
+        x = torch.full((2, 4), 1.0 + rank, dtype=torch.float64) * experts[rank]
+        loss = wrapped(x, True).square().mean()
+        loss.backward()
+        return loss
+
+    opt.zero_grad()
+    opt.regularize(harmful)
+    moves = torch.stack([b - a for a, b in zip(seen[-2], seen[-1], strict=True)])
+    everyone = [torch.empty_like(moves) for _ in range(2)]
+    dist.all_gather(everyone, moves)
+    assert torch.equal(*everyone)
+    assert all(move.any() for move in moves)
+
+
+def ddp_refuses_a_bare_module_beside_frozen_weights(rank: int) -> None:
+    """What is averaged here is the same on all ranks; what DDP should have averaged is not."""
+    model = Net(False)
+    model.inner.requires_grad_(False)
+    DistributedDataParallel(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = BoosterOptimizer(base_optimizer(trained), perturbed=model.inner.parameters())
+
+    def harmful() -> Tensor:
+        loss = model(torch.full((2, 4), float(rank + 1), dtype=torch.float64), True).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="no_sync"):
+        opt.regularize(harmful)
+    assert all(p.grad is None for p in model.parameters())
+
+
 # Fully sharded and tensor parallel
 
 
@@ -342,7 +386,7 @@ def fsdp2_refuses_frozen_weights(rank: int) -> None:
     model.inner.requires_grad_(False)
     fully_shard(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match="sharded weight"):
+    with pytest.raises(ValueError, match="that is sharded"):
         BoosterOptimizer(base_optimizer(trained), perturbed=model.inner.parameters())
 
 
@@ -634,6 +678,10 @@ TWO |= {
         f"ddp_perturbs_frozen_weights_{norm}": partial(ddp_perturbs_frozen_weights, norm=norm)
         for norm in ("global", "tensor")
     },
+    "ddp_perturbs_experts": ddp_perturbs_experts,
+    "ddp_refuses_a_bare_module_beside_frozen_weights": (
+        ddp_refuses_a_bare_module_beside_frozen_weights
+    ),
     "fsdp2_refuses_frozen_weights": fsdp2_refuses_frozen_weights,
     "ddp_no_sync_needs_accumulating_alignment": ddp_no_sync_needs_accumulating_alignment,
 }

@@ -140,6 +140,26 @@ def test_the_weights_of_a_merged_adapter_are_perturbed(name: str) -> None:
     assert changed == moved(weights, before) != set()
 
 
+def test_only_layers_of_the_active_adapter_are_merged() -> None:
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    names = {p: n for n, p in model.named_parameters()}
+    for adapter, target in (("default", "q_proj"), ("two", "v_proj")):
+        model.set_adapter(adapter)
+        assert all(f"{target}.base_layer" in names[p] for p in merged_weights(model))
+
+
+def test_what_can_not_be_told_is_refused() -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into Linear already"):
+        merged_weights(model)
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2))
+    model = peft.get_peft_model(attention, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="adapts a MultiheadAttention"):
+        merged_weights(model)
+
+
 def test_a_model_without_an_adapter_has_nothing_to_merge() -> None:
     with pytest.raises(ValueError, match="no layer with an active adapter"):
         merged_weights(tiny_llama())

@@ -428,6 +428,25 @@ def test_lora_that_will_be_merged(tmp_path: Path, late: bool) -> None:
         assert not weights[n].requires_grad
 
 
+def test_merged_weights_where_there_are_none(tmp_path: Path) -> None:
+    """An error each time it is asked for, and nothing at all where λ is zero."""
+    make_trainer(tmp_path, booster=BoosterArguments(lam=0.0, perturb_merged=True)).train()
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.booster_args.perturb_merged = True
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no layer with an active adapter"):
+            trainer.train()
+
+
+def test_sharded_weights_are_not_perturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    trainer.booster_args = BoosterArguments(perturb_merged=True)  # as Axolotl sets it
+    with pytest.raises(ValueError, match="FSDP shard"):
+        trainer.create_optimizer()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_lam_zero_is_the_trainer_bit_for_bit(tmp_path: Path, smoothing: float) -> None:
     class Untouchable(list[Any]):

@@ -58,7 +58,9 @@ with needs("accelerate"):
 __all__ = ["AcceleratedEngine", "booster_of", "regularize", "step"]
 
 # Of a BoosterOptimizer, and of no optimizer around it.
-HYPERPARAMETERS = {"lam", "alpha", "every", "norm", "lam_warmup_steps", "lam_delay_steps"}
+HYPERPARAMETERS = {
+    *("lam", "alpha", "every", "norm", "perturbed", "lam_warmup_steps", "lam_delay_steps"),
+}
 
 
 def regularize(optimizer: Optimizer, harmful_closure: Closure) -> Tensor | None:

@@ -27,10 +27,12 @@ def merged_weights(model: nn.Module) -> list[Tensor]:
         model: A model with an adapter of PEFT that changes layers (LoRA and the like).
 
     Returns:
-        The `weight` of each layer under an active adapter, each once; frozen as PEFT leaves them.
+        The weight of each layer that an active adapter changes, each once; frozen as PEFT leaves
+        them.
 
     Raises:
-        ValueError: There is no such layer.
+        ValueError: There is no such layer, an adapter has been merged already, or a layer has no
+            weight that autograd could reach (attention in one piece, packed quantisation).
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -39,13 +41,31 @@ def merged_weights(model: nn.Module) -> list[Tensor]:
         >>> [tuple(w.shape) for w in merged_weights(model)]
         [(8, 4), (2, 8)]
     """
-    layers: list[Any] = [
-        m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.active_adapters
-    ]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    weights = [_weight(m) for m in model.modules() if isinstance(m, BaseTunerLayer) and _active(m)]
     if not weights:
         raise ValueError(
             "The model has no layer with an active adapter, so that nothing will be merged. Pass "
             "what get_peft_model returned, with LoRA or another adapter of layers."
         )
     return list(dict.fromkeys(weights))
+
+
+def _active(layer: Any) -> bool:
+    held = [getattr(layer, name, {}) for name in layer.adapter_layer_names]
+    return any(adapter in of for of in held for adapter in layer.active_adapters)
+
+
+def _weight(layer: Any) -> Tensor:
+    if layer.merged:
+        raise ValueError(
+            f"An adapter has been merged into {type(layer).__name__} already. Call "
+            "model.unmerge_adapter() before."
+        )
+    base = layer.get_base_layer()
+    weight = layer.get_param() if hasattr(layer, "get_param") else getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(base, nn.MultiheadAttention):
+        raise ValueError(
+            f"{type(layer).__name__} adapts a {type(base).__name__}, of which it is not known what "
+            "will be merged. Pass BoosterOptimizer(..., perturbed=[...]) its weights yourself."
+        )
+    return weight

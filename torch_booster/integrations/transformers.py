@@ -264,11 +264,7 @@ class BoosterMixin(Trainer):
                 "passes would reduce them along with their own. Set "
                 "gradient_accumulation_steps=1 and a larger batch, or use DDP."
             )
-        if self.booster_args.perturb_merged and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "perturb_merged needs the whole gradient of frozen weights, which DeepSpeed and "
-                "FSDP shard. Set perturb_merged=False, or use DDP."
-            )
+        self._refuse_sharded_weights(self.booster_args)
         if "lomo" in self.args.optim or "layerwise" in self.args.optim:
             raise ValueError(
                 f"optim={self.args.optim!r} updates weights inside the backward pass, harmful "
@@ -289,6 +285,21 @@ class BoosterMixin(Trainer):
                 "GKDTrainer generates completions within its steps where lmbda is not 0, so that "
                 "the two harmful passes would see different batches. Set lmbda=0.0."
             )
+
+    def _refuse_sharded_weights(self, args: BoosterArguments) -> None:
+        if args.perturb_merged and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "perturb_merged needs the whole gradient of frozen weights, which DeepSpeed and "
+                "FSDP shard. Set perturb_merged=False, or use DDP."
+            )
+
+    def _perturbed(self, args: BoosterArguments, model: nn.Module) -> list[Tensor] | None:
+        """The weights that the simulated step moves, where they are not those that train."""
+        if not args.perturb_merged or args.lam == 0:
+            return None
+        from torch_booster.integrations.peft import merged_weights  # peft is not everyone's
+
+        return merged_weights(model)
 
     def _start_over(self) -> None:
         self._harmful_batches: Iterator[Any] = iter(())
@@ -341,7 +352,7 @@ class BoosterMixin(Trainer):
             optimizer = BoosterOptimizer(
                 _bare(optimizer),
                 **self._hyperparameters(),
-                perturbed=_merged_weights(module) if self.booster_args.perturb_merged else None,
+                perturbed=self._perturbed(self.booster_args, module),
                 module=module,
             )
         self.optimizer = optimizer
@@ -357,6 +368,7 @@ class BoosterMixin(Trainer):
     def _hyperparameters(self) -> dict[str, Any]:
         """`booster_args`, as they are from now on followed."""
         args = self._followed = replace(self.booster_args)
+        self._refuse_sharded_weights(args)
         told = asdict(args)
         del told["per_device_harmful_batch_size"], told["perturb_merged"]
         return told
@@ -366,13 +378,15 @@ class BoosterMixin(Trainer):
         old, new = self._followed, self.booster_args
         if new == old:
             return
-        new = self._followed = replace(new)  # which checks the values
+        new = replace(new)  # which checks the values
+        self._refuse_sharded_weights(new)
+        asked = [args.perturb_merged and args.lam > 0 for args in (old, new)]
+        if isinstance(booster, BoosterOptimizer) and asked[0] != asked[1]:
+            booster.perturbed = self._perturbed(new, cast(nn.Module, self.model))
+        self._followed = new
         for name in ("norm", "lam_warmup_steps", "lam_delay_steps", "every"):
             if getattr(new, name) != getattr(old, name):
                 setattr(booster, name, getattr(new, name))
-        if new.perturb_merged != old.perturb_merged:
-            weights = _merged_weights(self.model) if new.perturb_merged else None
-            cast(BoosterOptimizer, booster).perturbed = weights
         for key, before, after in ((LAM, old.lam, new.lam), (ALPHA, old.alpha, new.alpha)):
             booster._defaults[key] = float(after)
             for group in booster._groups():
@@ -669,12 +683,6 @@ class BoosterMixin(Trainer):
 
 class BoosterTrainer(BoosterMixin, Trainer):
     """`transformers.Trainer` on the Booster gradient; its rules and arguments are the mixin's."""
-
-
-def _merged_weights(model: Any) -> list[Tensor]:
-    from torch_booster.integrations.peft import merged_weights  # peft is not everyone's
-
-    return merged_weights(model)
 
 
 def _bare(optimizer: Any) -> Any:
