@@ -138,7 +138,8 @@ class HarmfulPasses:
             loss = self._call([None] * len(self._params))
         grads = self._made()
         if not self._accumulates:  # else the next pass goes on top of them
-            grads = _copied(grads)
+            n = len(self._trained)  # what is frozen has served when the next pass begins
+            grads[:n] = _copied(grads[:n])
         return loss, grads
 
     def run_against(

@@ -92,6 +92,29 @@ def test_gradients_that_are_kept_cost_their_copy() -> None:
     assert peak_bytes(regularize_on_top) / WEIGHTS < 1 + 2 + 1 + SLACK
 
 
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_frozen_weights_that_are_perturbed_cost_their_values_and_a_gradient(
+    accumulates: bool,
+) -> None:
+    many = Many()
+    for param in many.params:
+        param.requires_grad_(False)
+    adapter = nn.Parameter(torch.ones(()))
+    base = torch.optim.SGD([adapter], lr=0.1)
+    options = {"accumulates": accumulates, "self_check": False}
+    opt = BoosterOptimizer(base, 5.0, 0.1, perturbed=many.params, **options)
+
+    def closure() -> Tensor:
+        total = torch.zeros(())
+        for param, scale in zip(many.params, many.scales, strict=True):
+            loss = (adapter * param * param * scale).sum()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    assert 2 - SLACK < peak_bytes(lambda: opt.regularize(closure)) / WEIGHTS < 2 + SLACK
+
+
 def test_nothing_stays_allocated() -> None:
     many = Many()
     for _ in range(2):
