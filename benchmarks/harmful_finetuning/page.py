@@ -57,7 +57,7 @@ class Claim(NamedTuple):
         worst = accuracy.mean if accuracy.high is None else accuracy.high
         faults = {
             "below the target": not found.mean >= self.goal,  # so that NaN is below
-            "interval holds zero" if found.n > 1 else "one seed": not (found.low or 0) > 0,
+            "interval not above zero" if found.n > 1 else "one seed": not (found.low or 0) > 0,
             "finetune accuracy lower": worst < 0,
         }
         reasons = ", ".join(reason for reason, holds in faults.items() if holds)

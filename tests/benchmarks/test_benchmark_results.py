@@ -346,12 +346,12 @@ def table_1(
         (
             ([0, 0, 100],),
             [
-                *["missed: below the target, interval holds zero"] * 2,
-                "missed: interval holds zero",
+                *["missed: below the target, interval not above zero"] * 2,
+                "missed: interval not above zero",
             ],
         ),
         (([0, 0], 90, "full"), [*["missed: below the target"] * 2, "met"]),
-        (([60, 60],), ["missed: below the target, interval holds zero"] * 3),
+        (([60, 60],), ["missed: below the target, interval not above zero"] * 3),
     ],
 )
 def test_verdicts(given: tuple[Any, ...], expected: list[str], tmp_path: Path) -> None:
