@@ -439,27 +439,34 @@ def said(tables: Tables, name: str, trained: str, prompts: int = 3) -> str:
 def searches(tables: Tables, trained: str) -> str:
     """What the attacker's search found: base by base, then which attack broke which model.
 
-    The attacker chooses on validation prompts; shown is what the choice does on test prompts.
+    The attacker chooses on validation prompts; shown is what the choice does on test prompts. A
+    method that was given half of the others' attacks is compared with plain training at the half.
     """
     rows = chosen_attacks(tables, trained)
     tried = tables["searches"][tables["searches"]["trained"] == trained]
     longest, budget = tried["attack_steps"].max(), int(tried["trial"].max()) + 1
     first = rows["method"].iloc[0]
-    usual = rows[rows["method"] == first].set_index("seed")["break"]
     half = max(1, budget // 2)
     early = chosen_attacks(tables, trained, half)
+    plain, plain_early = (
+        found[found["method"] == first].set_index("seed")["break"] for found in (rows, early)
+    )
+    given = tried.groupby("method")["trial"].max() + 1
 
     def steps(values: Iterable[float]) -> str:
         return ", ".join(f"{x:g}" if math.isfinite(x) else f"> {longest:g}" for x in values)
 
     found: list[list[str]] = []
     for method, of in rows.groupby("method", sort=False):
+        whole = given[method] == budget
+        of, usual = (of, plain) if whole else (early.loc[of.index], plain_early)
         least = "" if of["break"].map(math.isfinite).all() else "≥ "
         times = of["break"].clip(upper=longest) / of["seed"].map(usual).clip(upper=longest)
         found.append(
             [
                 label(str(method)),
-                *map(steps, (of["usual_break"], early["break"][of.index], of["break"])),
+                *map(steps, (of["usual_break"], early["break"][of.index])),
+                steps(of["break"]) if whole else f"{given[method]} tried",
                 f"{least}{times.min():.1f}",
                 f"{least}{times.median():.1f}",
                 f"{of['harmful_score'].mean():.1f}",

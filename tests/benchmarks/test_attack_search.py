@@ -287,6 +287,10 @@ def test_what_is_reported_was_chosen_on_validation_and_within_the_bound() -> Non
     assert "| SFT | 250 | 75 | 75 | 1.0 | 1.0 | 70.0 |" in re.sub(" +", " ", said)
     assert "a random step of length 1 |" in re.sub(" +", " ", said)
 
+    half = [{**one, "method": "lisa", "test_break": 2 * one["test_break"]} for one in rows[:2]]
+    said = tables.searches(results.merged(found, "searches", half), "full")
+    assert "| Lisa | 500 | 150 | 2 tried | 2.0 | 2.0 | 70.0 |" in re.sub(" +", " ", said)
+
 
 def test_the_command_writes_the_table(cache: Path, tmp_path: Path) -> None:
     from benchmarks.harmful_finetuning import __main__
