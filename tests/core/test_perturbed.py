@@ -300,8 +300,8 @@ def test_a_buffer_of_the_module_is_moved_like_any_weight() -> None:
 
 def test_zeroing_in_spite_of_the_promise_is_found_beside_large_frozen_gradients() -> None:
     model = Adapted()
-    for p in model.up:
-        p.data *= 1e-3  # so that the adapter's gradients are small
+    for p in model.trained:
+        p.data *= 1e-4  # so that the adapter's gradients are small
     opt = boosted(model, model.base, accumulates=True)
 
     def harmful() -> Tensor:
