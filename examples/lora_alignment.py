@@ -58,7 +58,7 @@ ALIGNED_BELOW = 5.0  # harmful score before the attack, in percent
 class Arguments:
     """Everything the command line sets."""
 
-    methods: tuple[Name, ...] = ("sft", "booster", "booster_recommended")
+    methods: tuple[Name, ...]
     """how to align; the first is what the others are compared with"""
     p: tuple[float, ...] = (0.0, 0.2)
     """fractions p of harmful samples"""

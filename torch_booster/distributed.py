@@ -110,7 +110,7 @@ def averaged(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[T
     Returns:
         The means; without a process group `grads` as they are.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _in_group():
         return [*grads]
     # Every rank sends every tensor: which of them a rank has reached, the others do not know.
     filled = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
@@ -129,7 +129,7 @@ def refuse_unequal(norm: Tensor) -> None:
     Raises:
         RuntimeError: It is not the same on all ranks of the default process group.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _in_group():
         return
     ends = torch.stack([norm, -norm])
     torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
@@ -142,6 +142,11 @@ def refuse_unequal(norm: Tensor) -> None:
             "module and outside no_sync(). Where ranks train models of their own, pass "
             "independent_ranks=True."
         )
+
+
+def _in_group() -> bool:
+    """Whether there is a default process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _mesh_groups(param: Tensor) -> tuple[Any, ...]:

@@ -65,6 +65,21 @@ def moved(params: dict[str, Tensor], before: dict[str, Tensor]) -> set[str]:
     return {n for n, p in params.items() if not torch.equal(p, before[n])}
 
 
+def in_both_passes(
+    model: Any, optimizer: Any, weights: dict[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    """What the weights are in each harmful pass of one regulariser."""
+    seen: list[dict[str, Tensor]] = []
+
+    def harmful() -> Tensor:
+        seen.append(snapshot(weights))
+        return closure(model, HARMFUL)()
+
+    optimizer.zero_grad()
+    optimizer.regularize(harmful)
+    return seen
+
+
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     model.eval()
@@ -99,16 +114,8 @@ def test_the_perturbation_reaches_the_adapter_alone(name: str) -> None:
     everything = dict(model.named_parameters())
     optimizer = boosted(everything.values())  # the frozen base among them
     step(model, optimizer)  # LoRA's A has no gradient before B has moved
-    seen: list[dict[str, Tensor]] = []
-
-    def harmful() -> Tensor:
-        seen.append(snapshot(everything))
-        return closure(model, HARMFUL)()
-
     before = snapshot(everything)
-    optimizer.zero_grad()
-    optimizer.regularize(harmful)
-    at_w, at_w_prime = seen
+    at_w, at_w_prime = in_both_passes(model, optimizer, everything)
     assert moved(at_w, before) == set()
     assert moved(at_w_prime, before) == trainable(model).keys()
     assert moved(everything, before) == set()
@@ -125,16 +132,8 @@ def test_the_weights_of_a_merged_adapter_are_perturbed(name: str) -> None:
         p.data += 0.1 * torch.randn_like(p)
     weights = {n: p for n, p in model.named_parameters() if "modules_to_save" not in n}
     optimizer = boosted(trainable(model).values(), perturbed=merged_weights(model))
-    seen: list[dict[str, Tensor]] = []
-
-    def harmful() -> Tensor:
-        seen.append(snapshot(weights))
-        return closure(model, HARMFUL)()
-
     before = snapshot(weights)
-    optimizer.zero_grad()
-    optimizer.regularize(harmful)
-    changed = moved(seen[-1], before)
+    changed = moved(in_both_passes(model, optimizer, weights)[-1], before)
     assert moved(weights, before) == set()
     model.merge_adapter()
     assert changed == moved(weights, before) != set()

@@ -295,7 +295,7 @@ class BoosterMixin(Trainer):
 
     def _perturbed(self, args: BoosterArguments, model: nn.Module) -> list[Tensor] | None:
         """The weights that the simulated step moves, where they are not those that train."""
-        if not args.perturb_merged or args.lam == 0:
+        if not _moves_merged(args):
             return None
         from torch_booster.integrations.peft import merged_weights  # peft is not everyone's
 
@@ -380,8 +380,7 @@ class BoosterMixin(Trainer):
             return
         new = replace(new)  # which checks the values
         self._refuse_sharded_weights(new)
-        asked = [args.perturb_merged and args.lam > 0 for args in (old, new)]
-        if isinstance(booster, BoosterOptimizer) and asked[0] != asked[1]:
+        if isinstance(booster, BoosterOptimizer) and _moves_merged(old) != _moves_merged(new):
             booster.perturbed = self._perturbed(new, cast(nn.Module, self.model))
         self._followed = new
         for name in ("norm", "lam_warmup_steps", "lam_delay_steps", "every"):
@@ -683,6 +682,10 @@ class BoosterMixin(Trainer):
 
 class BoosterTrainer(BoosterMixin, Trainer):
     """`transformers.Trainer` on the Booster gradient; its rules and arguments are the mixin's."""
+
+
+def _moves_merged(args: BoosterArguments) -> bool:
+    return args.perturb_merged and args.lam > 0
 
 
 def _bare(optimizer: Any) -> Any:
