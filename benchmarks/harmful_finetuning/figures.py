@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harmful_finetuning.intervals import BROKEN
@@ -121,15 +122,10 @@ def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(method=runs["method"].map(names)).dropna(subset="method")
 
 
-def under_attack(tables: Tables) -> Figure:
-    """The harmful score of each defense during an attack four times as long."""
-    runs = _labelled(frame(tables, "recommended", "full"))
-    curves = runs[["run", "method", "seed"]].merge(tables["curves"], on="run")
-    note = f"line: mean of {_bases(runs)}; band: from the lowest to the highest"
-    figure = _figure(8.5, 4.6, note)
-    axes = figure.subplots()
+def _during(tables: Tables, runs: pd.DataFrame, axes: Axes) -> None:
+    """The harmful score during the attacks of these runs."""
     sns.lineplot(
-        curves,
+        runs[["run", "method", "seed"]].merge(tables["curves"], on="run"),
         x="step",
         y="harmful_score",
         errorbar=("pi", 100),
@@ -140,6 +136,27 @@ def under_attack(tables: Tables) -> Figure:
     axes.axhline(50, color="#555555", linewidth=0.8)
     axes.text(axes.get_xlim()[1], 51.5, "broken ", ha="right", fontsize="small", color="#555555")
     axes.set(xlabel="step of the attack, p = 0.2", ylabel="harmful score, %", ylim=(-2, 102))
+
+
+def under_attack(tables: Tables) -> Figure:
+    """The harmful score of each defense during an attack four times as long."""
+    runs = _labelled(frame(tables, "recommended", "full"))
+    figure = _figure(
+        8.5, 4.6, f"line: mean of {_bases(runs)}; band: from the lowest to the highest"
+    )
+    _during(tables, runs, figure.subplots())
+    _one_legend(figure)
+    return figure
+
+
+def pretrained(tables: Tables) -> Figure:
+    """The harmful score of a pretrained model during the attack, merged before it or not."""
+    figure = _figure(9.5, 4.3, "line: mean of the seeds; band: from the lowest to the highest")
+    titles = {"": "merged before the attack", "one_adapter": "trained on in the same adapter"}
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for axes, (round_, title) in zip(panels, titles.items(), strict=True):
+        _during(tables, _labelled(frame(tables, "pretrained", "lora", round_)), axes)
+        axes.set(title=title)
     _one_legend(figure)
     return figure
 
@@ -265,6 +282,7 @@ FIGURES: dict[str, Callable[[Tables], Figure]] = {
     "results_attack": under_attack,
     "results_ratio": over_p,
     "results_breaks": breaks,
+    "results_pretrained": pretrained,
     "alignment_diagnostics": diagnostics,
 }
 """Under the name of the file in docs/images/."""

@@ -412,7 +412,10 @@ def tuning(tables: Tables, trained: str, round_: str = "") -> str:
         ["method", "setting", *(name for name, _ in scores.values())],
         [
             [label(method), ", ".join(f"{k} = {v:g}" for k, v in json.loads(setting).items())]
-            + [", ".join(f"{x:.{digits}f}" for x in of[s]) for s, (_, digits) in scores.items()]
+            + [
+                ", ".join(f"{x:.{digits}f}" if math.isfinite(x) else MISSING for x in of[s])
+                for s, (_, digits) in scores.items()
+            ]
             for (_, method, setting), of in by_setting
         ],
     )

@@ -445,7 +445,7 @@ def curve(*scores: float) -> list[dict[str, float]]:
         (
             {"curve": curve(2, 60)},
             {"curve": curve(2, 2)},
-            "“Booster, recommended” does not break within 240 steps, “SFT” breaks at step 20.",
+            "“Booster, recommended” does not break within 160 steps, “SFT” breaks at step 20.",
         ),
         (
             {"curve": curve(2, 2)},
