@@ -106,4 +106,5 @@ def to_attack(settings: Settings, base: Path, aligned: Path, one_adapter: bool) 
     adapters = settings.attack.adapters
     if adapters == "single" or (adapters == "paper" and one_adapter):
         return model
-    return adapted(model.merge_and_unload(), settings.lora)
+    merged = model.merge_and_unload()
+    return merged.requires_grad_() if adapters == "none" else adapted(merged, settings.lora)

@@ -207,9 +207,9 @@ class Attack:
     """learning rate η"""
     optimizer: OptimizerName = "adamw"
     """the user's optimizer"""
-    adapters: Literal["paper", "single", "double"] = "paper"
-    """one LoRA through both stages, or the first merged and a second one; the paper does the
-    former with Booster only"""
+    adapters: Literal["paper", "single", "double", "none"] = "paper"
+    """one LoRA through both stages, the first merged and a second one, or the first merged and
+    all weights trained; the paper does the first with Booster, the second with all others"""
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later."""

@@ -486,6 +486,19 @@ def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) 
     assert any(p.abs().sum() == 0 for p in trained) is not single
 
 
+def test_all_weights_train_after_a_lora_is_merged(cache: Path) -> None:
+    run = quick(attack__adapters="none")
+    finished([run], cache)
+    base, aligned = runs.base_folder(run, cache), runs.aligned_folder(run, cache)
+    one = changed(run.settings, {"attack.adapters": "single"})
+    first = to_attack(one, base, aligned, one_adapter=True)
+    model = to_attack(run.settings, base, aligned, one_adapter=True)
+    ids = torch.randint(3, 50, (2, 8))
+    torch.testing.assert_close(model(input_ids=ids).logits, first(input_ids=ids).logits)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2"])
 def test_each_base_is_read_with_the_tokenizer_it_was_made_with(
     architecture: str, cache: Path
