@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -116,7 +116,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
             train: w′ = (w, v − α·∇ᵥh/(‖∇ᵥh‖ + ε)). With an adapter that will be merged, the weights
             into which it will be (`torch_booster.integrations.peft.merged_weights`). They may be
             frozen: they take part in the first harmful pass and never move for good. Floating-point
-            tensors that no one shards; across processes their gradients are averaged.
+            tensors that no one shards; across processes their gradients are averaged. A list of
+            them that is a context manager too is entered around the harmful passes.
         lam_warmup_steps: T ≥ 0; λ·min(1, t/T) is in force at step t = 0, 1, …
         lam_delay_steps: D ≥ 0; steps before that, in which λ is 0.
         every: k ≥ 1; the regulariser comes at steps 0, k, 2k, …, k times as heavy.
@@ -201,6 +202,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
     @perturbed.setter
     def perturbed(self, weights: Iterable[Tensor] | None) -> None:
         self._perturbed = None if weights is None else checked_perturbed(weights)
+        self._around = weights if isinstance(weights, AbstractContextManager) else nullcontext()
         self._now.checked = not self._self_check  # other weights, other things to go wrong
 
     def _begin(self) -> None:
@@ -324,7 +326,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         params = [*trained, *frozen]
         alphas = [group[ALPHA] for group in groups.values()] + [self.alpha for _ in frozen]
         options = self.replay_rng, self.module, self.accumulates
-        with handlers_wait(), HarmfulPasses(harmful_closure, trained, frozen, *options) as harmful:
+        passes = HarmfulPasses(harmful_closure, trained, frozen, *options)
+        with handlers_wait(), self._around, passes as harmful:
             trial = None if self._now.checked else harmful.trial()
             h, g = harmful.run()  # h(w), ∇h(w)
             along = g if self.perturbed is None else self._along(g, trained, frozen)

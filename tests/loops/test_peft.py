@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.tiny_llama import (
@@ -27,7 +28,7 @@ from tests.tiny_llama import (
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
-from torch_booster.integrations.peft import merged_weights  # noqa: E402
+from torch_booster.integrations.peft import MergedOffsets, merged_weights  # noqa: E402
 
 pytestmark = [
     # peft asks models for a property that transformers has renamed.
@@ -162,6 +163,118 @@ def test_what_can_not_be_told_is_refused() -> None:
 def test_a_model_without_an_adapter_has_nothing_to_merge() -> None:
     with pytest.raises(ValueError, match="no layer with an active adapter"):
         merged_weights(tiny_llama())
+
+
+# ---------------------------------------------------- the step beside the merged weights
+
+
+ON_EMBEDDINGS = {"target_modules": ["q_proj", "embed_tokens"]}
+
+
+def regularizer(model: Any, perturbed: Any, **changes: Any) -> dict[str, Tensor | None]:
+    optimizer = boosted(trainable(model).values(), perturbed=perturbed, **changes)
+    optimizer.zero_grad()
+    optimizer.regularize(closure(model, HARMFUL))
+    found = {n: None if p.grad is None else p.grad.clone() for n, p in trainable(model).items()}
+    optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("norm", ["global", "tensor"])
+@pytest.mark.parametrize("change", [{}, ON_EMBEDDINGS], ids=["linear", "embedding"])
+def test_a_step_beside_the_merged_weights_is_the_step_in_them(change: Any, norm: str) -> None:
+    config = random_lora()
+    config.target_modules = {*change.get("target_modules", TARGETS)}
+    model = peft.get_peft_model(tiny_llama(), config).train()
+    wanted = regularizer(model, merged_weights(model), norm=norm)
+    plain = regularizer(model, None, norm=norm)
+    before = snapshot(dict(model.named_parameters()))
+    offsets = MergedOffsets(model)
+    assert_close(regularizer(model, offsets, norm=norm), wanted, tolerance=1e-5)
+    assert distance(wanted, plain) > 1e-3
+    assert moved(dict(model.named_parameters()), before) == set()
+    assert not any(d.any() or d.requires_grad for d in offsets)
+
+
+def test_a_step_beside_the_merged_weights_of_gpt2() -> None:
+    """Its linear layers keep their weights the other way round."""
+    config = transformers.GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, attn_pdrop=0
+    )
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(config)
+    lora = peft.LoraConfig(
+        r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    model = peft.get_peft_model(gpt2, lora).eval()
+    wanted = regularizer(model, merged_weights(model))
+    assert_close(regularizer(model, MergedOffsets(model)), wanted, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_what_autocast_leaves_of_a_step_in_the_merged_weights(base: torch.dtype) -> None:
+    """Weights of a bfloat16 checkpoint; a step so short that most of it is below their digits."""
+    model = peft.get_peft_model(tiny_llama().bfloat16().to(base), random_lora()).train()
+
+    def harmful() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=HARMFUL, labels=HARMFUL).loss
+        loss.backward()
+        return loss
+
+    def arriving(perturbed: Any) -> float:
+        optimizer = boosted(trainable(model).values(), perturbed=perturbed, self_check=False)
+        optimizer.alpha = 0.001
+        optimizer.zero_grad()
+        optimizer.regularize(harmful)
+        return optimizer.read_diagnostics()["drop_ratio"]
+
+    assert arriving(MergedOffsets(model)) > 0.5
+    assert arriving(merged_weights(model)) < 0.1
+
+
+def test_the_passes_in_between_know_nothing_of_the_offsets() -> None:
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    offsets = MergedOffsets(model)
+    optimizer = boosted(trainable(model).values(), perturbed=offsets)
+    hooks = [m._forward_hooks for m in model.modules()]
+    before = logits(model)
+
+    def fails() -> Tensor:
+        assert sum(map(len, hooks)) == len([*offsets])
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            optimizer.regularize(fails)
+        assert not any(hooks)
+    optimizer.regularize(closure(model, HARMFUL))
+    assert not any(hooks)
+    assert torch.equal(logits(model), before)
+
+
+def test_passes_that_are_narrow_throughout_are_told() -> None:
+    model = peft.get_peft_model(
+        tiny_llama().bfloat16(), random_lora(), autocast_adapter_dtype=False
+    )
+    optimizer = boosted(trainable(model).values(), perturbed=MergedOffsets(model), self_check=False)
+    with pytest.warns(UserWarning, match="half of the simulated step is rounded away"):
+        optimizer.regularize(closure(model, HARMFUL))
+
+
+@pytest.mark.parametrize("name", ["dora", "ia3"])
+def test_adapters_that_do_more_than_add_have_no_offsets(name: str) -> None:
+    with pytest.raises(ValueError, match="adapts a Linear by more than a sum"):
+        MergedOffsets(adapted(name))
+
+
+def test_offsets_of_merged_adapters_are_refused() -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into Linear already"):
+        MergedOffsets(model)
+    with pytest.raises(ValueError, match="no layer with an active adapter"):
+        MergedOffsets(tiny_llama())
 
 
 def test_bfloat16_base_rounds_nothing_away() -> None:

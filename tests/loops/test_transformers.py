@@ -39,6 +39,7 @@ from transformers import (
 from tests.multi_process import run_cases
 from tests.replay import Batch, LossOf, Pass, replayed, token_mean, tokens_in
 from torch_booster import BoosterOptimizer
+from torch_booster.integrations.accelerate import booster_of
 from torch_booster.integrations.transformers import BoosterArguments, BoosterMixin, BoosterTrainer
 
 VOCABULARY, SPOKEN = 24, 8
@@ -426,6 +427,22 @@ def test_lora_that_will_be_merged(tmp_path: Path, late: bool) -> None:
     for n in moved:
         assert torch.equal(weights[n], at_w[n])
         assert not weights[n].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_that_will_be_merged_under_autocast(tmp_path: Path) -> None:
+    """In bfloat16 passes the step is kept beside the merged weights, which do not move."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_llama().bfloat16(), config)
+    args = BoosterArguments(LAM, ALPHA, 3, perturb_merged=True)
+    trainer = make_trainer(tmp_path, model=model, booster=args, max_steps=2, bf16=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+    trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    booster = booster_of(trainer.optimizer)
+    assert [d.dtype for d in booster.perturbed or ()] == [torch.bfloat16] * 2
+    assert booster.read_diagnostics()["perturbation_norm"] == pytest.approx(ALPHA, rel=0.01)
 
 
 def test_merged_weights_where_there_are_none(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -293,12 +293,14 @@ class BoosterMixin(Trainer):
                 "FSDP shard. Set perturb_merged=False, or use DDP."
             )
 
-    def _perturbed(self, args: BoosterArguments, model: nn.Module) -> list[Tensor] | None:
+    def _perturbed(self, args: BoosterArguments, model: nn.Module) -> Iterable[Tensor] | None:
         """The weights that the simulated step moves, where they are not those that train."""
         if not _moves_merged(args):
             return None
-        from torch_booster.integrations.peft import merged_weights  # peft is not everyone's
+        from torch_booster.integrations.peft import MergedOffsets, merged_weights  # an extra
 
+        if self.args.bf16 or self.args.fp16:  # passes that would round the step away
+            return MergedOffsets(model)
         return merged_weights(model)
 
     def _start_over(self) -> None:

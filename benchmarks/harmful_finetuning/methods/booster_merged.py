@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.harmful_finetuning.methods.booster import Booster
-from torch_booster.integrations.peft import merged_weights
+from torch_booster.integrations.peft import MergedOffsets, merged_weights
 
 
 class BoosterMerged(Booster):
@@ -32,9 +32,6 @@ class BoosterMerged(Booster):
         norm: "global" or "tensor".
         warmup: T, steps until the full λ.
         delay: D, steps without a regulariser.
-
-    Raises:
-        ValueError: The weights below the adapter are narrower than 32 bits.
     """
 
     def __init__(
@@ -48,13 +45,9 @@ class BoosterMerged(Booster):
         warmup: int = 0,
         delay: int = 0,
     ) -> None:
-        weights = merged_weights(model)
-        if narrow := next((w.dtype for w in weights if w.dtype.itemsize < 4), None):
-            raise ValueError(
-                f"the base model is in {narrow}, which rounds the simulated step away; load it in "
-                "float32, with --base.dtype float32"
-            )
         super().__init__(
             model, optimizer, lam=lam, alpha=alpha, norm=norm, warmup=warmup, delay=delay
         )
-        self.optimizer.perturbed = weights
+        # In narrower weights the step would be rounded away, and is kept beside them.
+        wide = next(model.parameters()).dtype.itemsize >= 4
+        self.optimizer.perturbed = merged_weights(model) if wide else MergedOffsets(model)
