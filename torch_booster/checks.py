@@ -123,7 +123,8 @@ def _refuse_weight(weight: Any) -> None:
     if type(weight) not in (Tensor, Parameter) or not real or weight.dtype.itemsize < 2:
         raise ValueError(
             f"{what} that is quantised, or of a type of its own ({type(weight).__name__}), and can "
-            "have no gradient. Load the base in a floating-point dtype."
+            "have no gradient. Load the base in a floating-point dtype, or, with LoRA, pass "
+            "torch_booster.integrations.peft.MergedOffsets(model)."
         )
     if not weight.is_leaf or weight.is_inference() or weight.is_meta:
         raise ValueError(

@@ -114,7 +114,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         norm: "global", the paper's one norm, or "tensor".
         perturbed: The weights v that the simulated step moves, where they are not those that
             train: w′ = (w, v − α·∇ᵥh/(‖∇ᵥh‖ + ε)). With an adapter that will be merged, the weights
-            into which it will be (`torch_booster.integrations.peft.merged_weights`). They may be
+            into which it will be (`torch_booster.integrations.peft`). They may be
             frozen: they take part in the first harmful pass and never move for good. Floating-point
             tensors that no one shards; across processes their gradients are averaged. A list of
             them that is a context manager too is entered around the harmful passes.

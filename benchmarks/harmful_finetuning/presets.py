@@ -47,7 +47,7 @@ _TEMPLATED: dict[str, Any] = {
 
 _REAL: dict[str, Any] = {
     "base.model": "SmolLM2-135M-Instruct",
-    "base.dtype": "float32",  # narrower ones would round away a step in the merged weights
+    "base.dtype": "float32",  # as published; with bfloat16 a merged step is kept beside the weights
     "base.autocast": True,
     "data.real": "paper",
     "data.longest_prompt": 24,

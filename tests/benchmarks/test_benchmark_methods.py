@@ -575,8 +575,14 @@ def test_booster_merged_perturbs_what_the_adapter_will_be_merged_into() -> None:
     assert stage.diagnostics()["perturbation_norm"] == pytest.approx(0.1, rel=1e-5)
     with pytest.raises(ValueError, match="no layer with an active adapter"):
         make(BoosterMerged, tiny())
-    with pytest.raises(ValueError, match=r"--base\.dtype float32"):
-        make(BoosterMerged, tiny(lora=True).bfloat16())
+
+
+def test_booster_merged_keeps_the_step_beside_narrow_weights() -> None:
+    model = tiny(lora=True).bfloat16()
+    stage = make(BoosterMerged, model, lam=5.0, alpha=0.1)
+    below = {p for name, p in model.named_parameters() if name.endswith("base_layer.weight")}
+    assert len(stage.optimizer.perturbed) == len(below)
+    assert not below & {*stage.optimizer.perturbed}
 
 
 def test_booster_vaccine_is_vaccine_plus_the_regulariser(model: Any) -> None:

@@ -16,6 +16,8 @@ from tests.tiny_llama import HARMFUL, boosted, check_step, closure, tiny_llama, 
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
+from torch_booster.integrations.peft import MergedOffsets  # noqa: E402
+
 pytestmark = [
     # prepare_model_for_kbit_training uses names that transformers has renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -149,3 +151,17 @@ def test_the_perturbation_keeps_off_the_base(model: Any) -> None:
     assert moved == [False, True]
     assert_same(base_storage(model), before)
     assert all(torch.equal(p, start[n]) for n, p in adapters.items())
+
+
+def test_a_step_beside_the_weights_of_a_quantised_base(model: Any) -> None:
+    """They have no gradient; what is added to them has, and the loss falls along it."""
+    before = copied(base_storage(model))
+    offsets = MergedOffsets(model, torch.float32)
+    optimizer = boosted(trainable(model).values(), perturbed=offsets, norm="tensor")
+    optimizer.alpha = 1e-2
+    optimizer.zero_grad()
+    optimizer.regularize(closure(model, HARMFUL))
+    found = optimizer.read_diagnostics()
+    assert found["perturbation_norm"] == pytest.approx(1e-2, rel=1e-4)
+    assert found["drop_ratio"] == pytest.approx(1, abs=0.05)
+    assert_same(base_storage(model), before)
