@@ -301,6 +301,28 @@ def ddp_perturbs_frozen_weights(rank: int, *, norm: Any) -> None:
     assert_same(together, {name: p.detach() for name, p in alone.named_parameters()})
 
 
+def ddp_perturbs_beside_merged_weights(rank: int) -> None:
+    """Offsets are no parameters of the model that DDP wraps; the step takes their mean."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from torch_booster.integrations.peft import MergedOffsets, merged_weights
+
+    models = []
+    for of, world, offsets in ((0, 1, False), (0, 1, True), (rank, 2, True)):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+        model = peft.get_peft_model(Net(False), lora)
+        wrapped = model if world == 1 else DistributedDataParallel(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        perturbed = MergedOffsets(model) if offsets else merged_weights(model)
+        opt = BoosterOptimizer(base_optimizer(trained), 5.0, 0.1, perturbed=perturbed)
+        train(wrapped, opt, rank=of, world=world)
+        models.append(model)
+    direct, alone, together = models
+    wanted = {name: p.detach() for name, p in direct.named_parameters()}
+    assert_same(alone, wanted)
+    assert_same(together, wanted)
+
+
 def ddp_perturbs_experts(rank: int) -> None:
     """Each rank's batch reaches another of the frozen weights; all ranks move both alike."""
     model = Net(False)
@@ -679,6 +701,7 @@ TWO |= {
         for norm in ("global", "tensor")
     },
     "ddp_perturbs_experts": ddp_perturbs_experts,
+    "ddp_perturbs_beside_merged_weights": ddp_perturbs_beside_merged_weights,
     "ddp_refuses_a_bare_module_beside_frozen_weights": (
         ddp_refuses_a_bare_module_beside_frozen_weights
     ),
