@@ -445,6 +445,17 @@ def test_lora_that_will_be_merged_under_autocast(tmp_path: Path) -> None:
     assert booster.read_diagnostics()["perturbation_norm"] == pytest.approx(ALPHA, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_that_will_be_merged_into_a_narrow_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_llama().bfloat16(), config, autocast_adapter_dtype=False)
+    args = BoosterArguments(LAM, ALPHA, 3, perturb_merged=True, self_check=False)
+    trainer = make_trainer(tmp_path, model=model, booster=args, max_steps=1)
+    with pytest.warns(UserWarning, match="bf16=True with a Trainer"):
+        trainer.train()
+
+
 def test_merged_weights_where_there_are_none(tmp_path: Path) -> None:
     """An error each time it is asked for, and nothing at all where λ is zero."""
     make_trainer(tmp_path, booster=BoosterArguments(lam=0.0, perturb_merged=True)).train()

@@ -299,9 +299,11 @@ class BoosterMixin(Trainer):
             return None
         from torch_booster.integrations.peft import MergedOffsets, merged_weights  # an extra
 
-        if self.args.bf16 or self.args.fp16:  # passes that would round the step away
+        weights = merged_weights(model)
+        plain = all(type(w) in (Tensor, nn.Parameter) and w.dtype.itemsize >= 4 for w in weights)
+        if self.args.bf16 or self.args.fp16 or not plain:  # which would round the step away
             return MergedOffsets(model)
-        return merged_weights(model)
+        return weights
 
     def _start_over(self) -> None:
         self._harmful_batches: Iterator[Any] = iter(())
