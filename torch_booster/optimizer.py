@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -195,14 +195,15 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         self._begin()
 
     @property
-    def perturbed(self) -> list[Tensor] | None:
+    def perturbed(self) -> Collection[Tensor] | None:
         """The weights that the simulated step moves; None for all that train."""
-        return self._perturbed
+        return self._perturbed if isinstance(self._around, nullcontext) else self._around
 
     @perturbed.setter
     def perturbed(self, weights: Iterable[Tensor] | None) -> None:
         self._perturbed = None if weights is None else checked_perturbed(weights)
-        self._around = weights if isinstance(weights, AbstractContextManager) else nullcontext()
+        entered = isinstance(weights, AbstractContextManager)
+        self._around: Any = weights if entered else nullcontext()
         self._now.checked = not self._self_check  # other weights, other things to go wrong
 
     def _begin(self) -> None:
@@ -322,7 +323,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
                 "FSDP1 has flattened several tensors into one, so that they would share a norm. "
                 "Pass FullyShardedDataParallel(..., use_orig_params=True)."
             )
-        trained, frozen = [*groups], [p for p in self.perturbed or () if p not in groups]
+        trained, frozen = [*groups], [p for p in self._perturbed or () if p not in groups]
         params = [*trained, *frozen]
         alphas = [group[ALPHA] for group in groups.values()] + [self.alpha for _ in frozen]
         options = self.replay_rng, self.module, self.accumulates
@@ -330,7 +331,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         with handlers_wait(), self._around, passes as harmful:
             trial = None if self._now.checked else harmful.trial()
             h, g = harmful.run()  # h(w), ∇h(w)
-            along = g if self.perturbed is None else self._along(g, trained, frozen)
+            along = g if self._perturbed is None else self._along(g, trained, frozen)
 
             # Detached: Ctrl-C may leave gradients enabled, and then leaves refuse to be written.
             live = local(p.detach() for p, x in zip(params, along, strict=True) if x is not None)
@@ -365,7 +366,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
                 whole = tensor_norms(filled(g[:n], lengths), trained, self.module)
                 refuse_unequal(torch.linalg.vector_norm(whole))
             g[n:] = averaged(g[n:], frozen)
-        moves = {*(self.perturbed or ())}
+        moves = {*(self._perturbed or ())}
         along = [x if p in moves else None for p, x in zip((*trained, *frozen), g, strict=True)]
         there = [x for x in along if x is not None]
         if not there or not (self._now.checked or any(x.any() for x in there)):

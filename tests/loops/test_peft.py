@@ -253,6 +253,74 @@ def test_the_passes_in_between_know_nothing_of_the_offsets() -> None:
     assert torch.equal(logits(model), before)
 
 
+def test_a_reference_model_does_not_move_with_the_step() -> None:
+    """As DPO's, which is the same model with its adapters disabled, or with others active."""
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    model.add_adapter("reference", random_lora())
+    offsets = MergedOffsets(model)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = logits(model)
+        model.set_adapter("reference")
+        other = logits(model)
+        model.set_adapter("default")
+        own = logits(model)
+        for offset in offsets:
+            offset.fill_(0.1)
+        with offsets:
+            with model.disable_adapter():
+                assert torch.equal(logits(model), base)
+            model.set_adapter("reference")
+            assert torch.equal(logits(model), other)
+            model.set_adapter("default")
+            assert not torch.allclose(logits(model), own)
+        assert torch.equal(logits(model), own)
+
+
+def test_offsets_stay_with_the_optimizer_that_enters_them() -> None:
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    offsets = MergedOffsets(model)
+    optimizer = boosted(trainable(model).values(), perturbed=offsets)
+    wanted = regularizer(model, offsets)
+    assert optimizer.perturbed is offsets
+    optimizer.perturbed, kept = None, optimizer.perturbed
+    optimizer.perturbed = kept
+    optimizer.regularize(closure(model, HARMFUL))
+    assert_close({n: p.grad for n, p in trainable(model).items()}, wanted)
+    optimizer.zero_grad()
+    with offsets, pytest.raises(RuntimeError, match="entered twice"):
+        optimizer.regularize(closure(model, HARMFUL))
+
+
+def test_weights_that_serve_two_layers_have_no_offsets() -> None:
+    tied = tiny_llama()
+    tied.lm_head.weight = tied.get_input_embeddings().weight
+    lora = peft.LoraConfig(r=4, target_modules=["embed_tokens"])
+    model = peft.get_peft_model(tied, lora)
+    with pytest.raises(ValueError, match="also serves another layer"):
+        MergedOffsets(model)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, 4 * self.weight)
+
+
+@pytest.mark.parametrize(
+    "layer", [Scaled(4, 4), nn.Conv1d(4, 4, 1), nn.Embedding(4, 4, scale_grad_by_freq=True)]
+)
+def test_layers_that_are_not_known_have_no_offsets(layer: nn.Module) -> None:
+    model = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="it is not known how its output depends"):
+        MergedOffsets(model)
+
+
+def test_a_dora_that_is_not_active_is_no_obstacle() -> None:
+    model = peft.get_peft_model(tiny_llama(), random_lora())
+    model.add_adapter("other", random_lora(use_dora=True))
+    assert len(MergedOffsets(model)) == 2 * len(TARGETS)
+
+
 def test_passes_that_are_narrow_throughout_are_told() -> None:
     model = peft.get_peft_model(
         tiny_llama().bfloat16(), random_lora(), autocast_adapter_dtype=False
@@ -264,7 +332,7 @@ def test_passes_that_are_narrow_throughout_are_told() -> None:
 
 @pytest.mark.parametrize("name", ["dora", "ia3"])
 def test_adapters_that_do_more_than_add_have_no_offsets(name: str) -> None:
-    with pytest.raises(ValueError, match="adapts a Linear by more than a sum"):
+    with pytest.raises(ValueError, match="none of plain LoRA"):
         MergedOffsets(adapted(name))
 
 

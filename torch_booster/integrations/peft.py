@@ -11,9 +11,10 @@ apart from them.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,21 +60,23 @@ class MergedOffsets:
     $$ y = x\,(W + \delta)^\top = x\,W^\top + x\,\delta^\top, \qquad \delta = 0
        \text{ except at } w' $$
 
-    The gradient by δ is the one by W. A δ that starts at zero keeps its digits in any dtype, where
-    W − α·g/‖g‖ in bfloat16 is W again for most elements: nothing is lost between 2⁻⁸ of a weight
-    and the step. Under autocast the two terms are added in float32. W itself is not touched and
-    needs no gradient, so that it may be quantised.
+    The gradient by δ is the one by W. A δ that starts at zero keeps its digits in bfloat16, where
+    W − α·g/‖g‖ is W again for most elements: nothing is lost between 2⁻⁸ of a weight and the step.
+    Under autocast the two terms are added in float32. W itself is not touched and needs no
+    gradient, so that it may be quantised. Where a pass disables the adapters or changes them, as
+    for the reference model of DPO, it sees no δ.
 
     The second product is made in the harmful passes alone. Memory: three tensors like each W in
-    δ's dtype.
+    δ's dtype, and autocast's copy of δ where that is wider.
 
     Args:
         model: A model with LoRA on linear layers or embeddings, on any device.
         dtype: Of δ; by default that of each W, and bfloat16 where W is quantised.
 
     Raises:
-        ValueError: There is no such layer, an adapter has been merged already, or a layer's
-            adapter is none that is added (DoRA, IA³).
+        ValueError: There is no such layer, an adapter has been merged already, a layer or its
+            adapter is of a kind for which this is no such sum (DoRA, IA³), or a weight is sharded
+            or also serves another layer (tied embeddings).
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -89,25 +92,48 @@ class MergedOffsets:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        self._layers: dict[Any, tuple[Tensor, _Product]] = {}
+        self._beside: list[_Beside] = []
         self._hooks: list[Any] = []
+        held = (p for m in model.modules() for p in m.parameters(recurse=False))
+        holders = Counter(map(id, held))
         for layer in _adapted(model):
-            base, product = _refuse_merged(layer).get_base_layer(), _product(layer)
+            base = _refuse_merged(layer).get_base_layer()
+            product = _product(layer, base)
             w = base.weight
-            plain = type(w) in (Tensor, nn.Parameter) and w.is_floating_point()
-            shape = w.shape if plain else (layer.out_features, layer.in_features)
-            kind = dtype or (w.dtype if plain else torch.bfloat16)
-            self._layers[base] = torch.zeros(shape, dtype=kind, device=w.device), product
+            if hasattr(w, "device_mesh") or hasattr(w, "_fsdp_flattened"):
+                raise ValueError(
+                    f"The weight of a {type(base).__name__} is sharded (FSDP, tensor parallel), of "
+                    "which the whole gradient is needed. Use DDP."
+                )
+            if holders[id(w)] > 1:
+                raise ValueError(
+                    f"The weight of a {type(base).__name__} that LoRA adapts also serves another "
+                    "layer (tied embeddings), whose outputs the merged weight changes too. Adapt "
+                    "other layers, or, in float32 without autocast, pass merged_weights."
+                )
+            shape = w.shape if _is_plain(w) else (layer.out_features, layer.in_features)
+            kind = dtype or (w.dtype if _is_plain(w) else torch.bfloat16)
+            offset = torch.zeros(shape, dtype=kind, device=w.device)
+            self._beside.append(_Beside(layer, [*layer.active_adapters], offset, product))
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter([offset for offset, _ in self._layers.values()])
+        return iter([beside.offset for beside in self._beside])
+
+    def __len__(self) -> int:
+        return len(self._beside)
+
+    def __contains__(self, weight: object) -> bool:
+        return any(weight is offset for offset in self)
 
     def __enter__(self) -> None:
-        for base, (offset, product) in self._layers.items():
-            if offset.device != base.weight.device:  # the model has been moved since
-                offset.data = offset.data.to(base.weight.device)
-            hook = partial(_with_offset, offset, product)
-            self._hooks.append(base.register_forward_hook(hook))
+        if self._hooks:
+            raise RuntimeError("MergedOffsets is entered twice. Leave that to the optimizer.")
+        for beside in self._beside:
+            device = beside.layer.get_base_layer().weight.device
+            if beside.offset.device != device:  # the model has been moved since
+                beside.offset.data = beside.offset.data.to(device)
+        for beside in self._beside:
+            self._hooks.append(beside.layer.get_base_layer().register_forward_hook(beside))
 
     def __exit__(self, *_: object) -> None:
         while self._hooks:
@@ -117,39 +143,57 @@ class MergedOffsets:
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def _with_offset(
-    offset: Tensor, product: _Product, base: nn.Module, args: tuple[Tensor, ...], y: Tensor
-) -> Tensor:
-    """A layer's output with x·δᵀ added to it."""
-    x = args[0]
-    # At w δ is zero, and all that is asked of it is its gradient.
-    delta = product(x, offset.to(x.dtype) if x.is_floating_point() else offset)
-    if torch.is_autocast_enabled(x.device.type):
-        return y.float() + delta.float()  # y has been rounded: in its dtype the sum would be y
-    if y.dtype.itemsize < 4:
-        warnings.warn(
-            f"The passes are in {y.dtype} throughout, in which about half of the simulated step is "
-            "rounded away where it is added to what a layer returns. Run them under torch.autocast "
-            "(bf16=True with a Trainer), whatever the dtype of the base.",
-            stacklevel=2,
+class _Beside(NamedTuple):
+    """Adds x·δᵀ to what the base of an adapted layer returns."""
+
+    layer: Any
+    adapters: list[str]
+    offset: Tensor
+    product: _Product
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if self.layer.disable_adapters or [*self.layer.active_adapters] != self.adapters:
+            return None
+        x = args[0]
+        if torch.is_autocast_enabled(x.device.type):
+            # y has been rounded: in its dtype the sum would be y again.
+            return y.float() + self.product(x, self.offset).float()
+        if y.dtype.itemsize < 4:
+            warnings.warn(
+                f"The passes are in {y.dtype} throughout, in which about half of the simulated "
+                "step is rounded away where it is added to what a layer returns. Run them under "
+                "torch.autocast (bf16=True with a Trainer), whatever the dtype of the base.",
+                stacklevel=2,
+            )
+        return y + self.product(x, self.offset.to(y.dtype)).to(y.dtype)
+
+
+def _is_plain(weight: Any) -> bool:
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return plain and weight.dtype.itemsize >= 2
+
+
+def _product(layer: Any, base: Any) -> _Product:
+    """How the output of a layer's base depends on its weight."""
+    if not isinstance(layer, LoraLayer) or any(
+        adapter in layer.lora_variant for adapter in layer.active_adapters
+    ):
+        raise ValueError(
+            f"The adapter of a {type(base).__name__} is none of plain LoRA but another or a "
+            "variant such as DoRA, and a step in the merged weight can not be kept beside it. Use "
+            "plain LoRA, or, in float32 without autocast, pass merged_weights."
         )
-    return y + delta.to(y.dtype)
-
-
-def _product(layer: Any) -> _Product:
-    """How a layer's output depends on its weight."""
-    base = layer.get_base_layer()
-    if isinstance(layer, LoraLayer) and not layer.lora_variant:
-        if isinstance(base, nn.Linear):
-            return functional.linear
-        if isinstance(base, Conv1D):
-            return torch.matmul
-        if type(base) is nn.Embedding:
-            return partial(functional.embedding, padding_idx=base.padding_idx)
+    is_linear = isinstance(base, nn.Linear)
+    if is_linear and (type(base).forward is nn.Linear.forward or not _is_plain(base.weight)):
+        return functional.linear
+    if type(base) is Conv1D:
+        return torch.matmul
+    if type(base) is nn.Embedding and not base.scale_grad_by_freq and base.max_norm is None:
+        return partial(functional.embedding, padding_idx=base.padding_idx)
     raise ValueError(
-        f"{type(layer).__name__} adapts a {type(base).__name__} by more than a sum of products, so "
-        "that a step in the merged weight can not be kept beside it. Use plain LoRA on linear "
-        "layers and embeddings, or, with a float32 base and without autocast, merged_weights."
+        f"LoRA adapts a {type(base).__name__}, of which it is not known how its output depends on "
+        "its weight. MergedOffsets knows nn.Linear, also quantised, Conv1D and nn.Embedding. Adapt "
+        "those, or, in float32 without autocast, pass merged_weights."
     )
 
 

@@ -297,13 +297,9 @@ class BoosterMixin(Trainer):
         """The weights that the simulated step moves, where they are not those that train."""
         if not _moves_merged(args):
             return None
-        from torch_booster.integrations.peft import MergedOffsets, merged_weights  # an extra
+        from torch_booster.integrations.peft import MergedOffsets  # peft is not everyone's
 
-        weights = merged_weights(model)
-        plain = all(type(w) in (Tensor, nn.Parameter) and w.dtype.itemsize >= 4 for w in weights)
-        if self.args.bf16 or self.args.fp16 or not plain:  # which would round the step away
-            return MergedOffsets(model)
-        return weights
+        return MergedOffsets(model)
 
     def _start_over(self) -> None:
         self._harmful_batches: Iterator[Any] = iter(())

@@ -48,6 +48,7 @@ class BoosterMerged(Booster):
         super().__init__(
             model, optimizer, lam=lam, alpha=alpha, norm=norm, warmup=warmup, delay=delay
         )
-        # In narrower weights the step would be rounded away, and is kept beside them.
+        # In narrower weights the step would be rounded away, and is kept beside them. Where float32
+        # weights are computed with in bfloat16 much of it is lost, as it was in what is published.
         wide = next(model.parameters()).dtype.itemsize >= 4
         self.optimizer.perturbed = merged_weights(model) if wide else MergedOffsets(model)
