@@ -57,10 +57,9 @@ def merged_weights(model: nn.Module) -> list[Tensor]:
 class MergedOffsets:
     r"""What the simulated step adds to the weights that LoRA will be merged into, kept beside them.
 
-    $$ y = x\,(W + \delta)^\top = x\,W^\top + x\,\delta^\top, \qquad \delta = 0
-       \text{ except at } w' $$
+    $$ y = x\,(W + \delta)^\top = x\,W^\top + x\,\delta^\top $$
 
-    The gradient by δ is the one by W. A δ that starts at zero keeps its digits in bfloat16, where
+    δ is zero except at w′. The gradient by δ is the one by W. A δ that starts at zero keeps its digits in bfloat16, where
     W − α·g/‖g‖ is W again for most elements: nothing is lost between 2⁻⁸ of a weight and the step.
     Under autocast the two terms are added in float32. W itself is not touched and needs no
     gradient, so that it may be quantised. Where a pass disables the adapters or changes them, as
