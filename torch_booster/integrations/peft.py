@@ -59,8 +59,9 @@ class MergedOffsets:
 
     $$ y = x\,(W + \delta)^\top = x\,W^\top + x\,\delta^\top $$
 
-    δ is zero except at w′. The gradient by δ is the one by W. A δ that starts at zero keeps its digits in bfloat16, where
-    W − α·g/‖g‖ is W again for most elements: nothing is lost between 2⁻⁸ of a weight and the step.
+    δ is zero except at w′, and the gradient by δ is the one by W. A δ that starts at zero keeps its
+    digits in bfloat16, where W − α·g/‖g‖ is W again for most elements: no element of the step is
+    lost for being shorter than 2⁻⁸ of its weight.
     Under autocast the two terms are added in float32. W itself is not touched and needs no
     gradient, so that it may be quantised. Where a pass disables the adapters or changes them, as
     for the reference model of DPO, it sees no δ.
