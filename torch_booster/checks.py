@@ -110,17 +110,27 @@ def checked_perturbed(perturbed: Any) -> list[Tensor]:
     return [*found.values()]
 
 
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a process holds a part of it only (FSDP, tensor parallel)."""
+    return hasattr(weight, "device_mesh") or hasattr(weight, "_fsdp_flattened")
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether it is of torch's own types and can have a gradient: not quantised, not packed."""
+    real = weight.is_floating_point() or weight.is_complex()
+    return type(weight) in (Tensor, Parameter) and real and weight.dtype.itemsize >= 2
+
+
 def _refuse_weight(weight: Any) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"perturbed holds {shown(weight)}. Pass tensors, without their names.")
     what = f"perturbed holds a tensor of {weight.dtype} and shape {tuple(weight.shape)}"
-    if hasattr(weight, "device_mesh") or hasattr(weight, "_fsdp_flattened"):
+    if is_sharded(weight):
         raise ValueError(
             f"{what} that is sharded (FSDP, tensor parallel) and gets no gradient while it is "
             "frozen. Leave perturbed out there, or use DDP."
         )
-    real = weight.is_floating_point() or weight.is_complex()
-    if type(weight) not in (Tensor, Parameter) or not real or weight.dtype.itemsize < 2:
+    if not is_plain(weight):
         raise ValueError(
             f"{what} that is quantised, or of a type of its own ({type(weight).__name__}), and can "
             "have no gradient. Load the base in a floating-point dtype, or, with LoRA, pass "

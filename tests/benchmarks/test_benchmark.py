@@ -471,10 +471,8 @@ def test_each_stage_has_the_optimizer_and_learning_rate_that_are_set_for_it(
     assert seen == [(align, 1e-2), (attack, 1e-3)]
 
 
-@pytest.mark.parametrize(("adapters", "single"), [("paper", True), ("double", False)])
-def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) -> None:
-    """A second adapter starts where the merged model is, and trains other weights."""
-    run = quick("booster", attack__adapters=adapters)
+def attacked(run: Run, cache: Path) -> Any:
+    """The model that an attack begins with, which computes what the aligned one does."""
     finished([run], cache)
     base, aligned = runs.base_folder(run, cache), runs.aligned_folder(run, cache)
     one = changed(run.settings, {"attack.adapters": "single"})
@@ -482,19 +480,19 @@ def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) 
     model = to_attack(run.settings, base, aligned, one_adapter=True)
     ids = torch.randint(3, 50, (2, 8))
     torch.testing.assert_close(model(input_ids=ids).logits, first(input_ids=ids).logits)
+    return model
+
+
+@pytest.mark.parametrize(("adapters", "single"), [("paper", True), ("double", False)])
+def test_adapters_of_the_second_stage(adapters: str, single: bool, cache: Path) -> None:
+    """A second adapter starts where the merged model is, and trains other weights."""
+    model = attacked(quick("booster", attack__adapters=adapters), cache)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert any(p.abs().sum() == 0 for p in trained) is not single
 
 
 def test_all_weights_train_after_a_lora_is_merged(cache: Path) -> None:
-    run = quick(attack__adapters="none")
-    finished([run], cache)
-    base, aligned = runs.base_folder(run, cache), runs.aligned_folder(run, cache)
-    one = changed(run.settings, {"attack.adapters": "single"})
-    first = to_attack(one, base, aligned, one_adapter=True)
-    model = to_attack(run.settings, base, aligned, one_adapter=True)
-    ids = torch.randint(3, 50, (2, 8))
-    torch.testing.assert_close(model(input_ids=ids).logits, first(input_ids=ids).logits)
+    model = attacked(quick(attack__adapters="none"), cache)
     assert all(p.requires_grad for p in model.parameters())
     assert not any("lora_" in name for name, _ in model.named_parameters())
 

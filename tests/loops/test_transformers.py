@@ -400,13 +400,17 @@ def test_lora(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+def with_lora(model: nn.Module, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config, **options)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("late", [False, True])
 def test_lora_that_will_be_merged(tmp_path: Path, late: bool) -> None:
     """The harmful step is simulated beside the frozen weights, from the start or when told."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny_llama(), config)
+    model = with_lora(tiny_llama())
     args = BoosterArguments(LAM, ALPHA, 3, perturb_merged=not late, self_check=False)
     trainer = make_trainer(tmp_path, model=model, booster=args, max_steps=2)
     weights = dict(model.named_parameters())
@@ -432,9 +436,7 @@ def test_lora_that_will_be_merged(tmp_path: Path, late: bool) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_that_will_be_merged_under_autocast(tmp_path: Path) -> None:
     """In bfloat16 passes the step is kept beside the merged weights, which do not move."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny_llama().bfloat16(), config)
+    model = with_lora(tiny_llama().bfloat16())
     args = BoosterArguments(LAM, ALPHA, 3, perturb_merged=True)
     trainer = make_trainer(tmp_path, model=model, booster=args, max_steps=2, bf16=True)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
@@ -447,9 +449,7 @@ def test_lora_that_will_be_merged_under_autocast(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_that_will_be_merged_into_a_narrow_base(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny_llama().bfloat16(), config, autocast_adapter_dtype=False)
+    model = with_lora(tiny_llama().bfloat16(), autocast_adapter_dtype=False)
     args = BoosterArguments(LAM, ALPHA, 3, perturb_merged=True, self_check=False)
     trainer = make_trainer(tmp_path, model=model, booster=args, max_steps=1)
     with pytest.warns(UserWarning, match="bf16=True with a Trainer"):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torch_booster.checks import is_plain, is_sharded
 from torch_booster.integrations import needs
 
 with needs("peft"):
@@ -100,7 +101,7 @@ class MergedOffsets:
             base = _refuse_merged(layer).get_base_layer()
             product = _product(layer, base)
             w = base.weight
-            if hasattr(w, "device_mesh") or hasattr(w, "_fsdp_flattened"):
+            if is_sharded(w):
                 raise ValueError(
                     f"The weight of a {type(base).__name__} is sharded (FSDP, tensor parallel), of "
                     "which the whole gradient is needed. Use DDP."
@@ -111,10 +112,10 @@ class MergedOffsets:
                     "layer (tied embeddings), whose outputs the merged weight changes too. Adapt "
                     "other layers, or, in float32 without autocast, pass merged_weights."
                 )
-            shape = w.shape if _is_plain(w) else (layer.out_features, layer.in_features)
-            kind = dtype or (w.dtype if _is_plain(w) else torch.bfloat16)
+            shape = w.shape if is_plain(w) else (layer.out_features, layer.in_features)
+            kind = dtype or (w.dtype if is_plain(w) else torch.bfloat16)
             offset = torch.zeros(shape, dtype=kind, device=w.device)
-            self._beside.append(_Beside(layer, [*layer.active_adapters], offset, product))
+            self._beside.append(_Beside(layer, base, [*layer.active_adapters], offset, product))
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter([beside.offset for beside in self._beside])
@@ -129,11 +130,11 @@ class MergedOffsets:
         if self._hooks:
             raise RuntimeError("MergedOffsets is entered twice. Leave that to the optimizer.")
         for beside in self._beside:
-            device = beside.layer.get_base_layer().weight.device
+            device = beside.base.weight.device
             if beside.offset.device != device:  # the model has been moved since
                 beside.offset.data = beside.offset.data.to(device)
         for beside in self._beside:
-            self._hooks.append(beside.layer.get_base_layer().register_forward_hook(beside))
+            self._hooks.append(beside.base.register_forward_hook(beside))
 
     def __exit__(self, *_: object) -> None:
         while self._hooks:
@@ -147,6 +148,7 @@ class _Beside(NamedTuple):
     """Adds x·δᵀ to what the base of an adapted layer returns."""
 
     layer: Any
+    base: Any
     adapters: list[str]
     offset: Tensor
     product: _Product
@@ -168,11 +170,6 @@ class _Beside(NamedTuple):
         return y + self.product(x, self.offset.to(y.dtype)).to(y.dtype)
 
 
-def _is_plain(weight: Any) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    return plain and weight.dtype.itemsize >= 2
-
-
 def _product(layer: Any, base: Any) -> _Product:
     """How the output of a layer's base depends on its weight."""
     if not isinstance(layer, LoraLayer) or any(
@@ -184,7 +181,7 @@ def _product(layer: Any, base: Any) -> _Product:
             "plain LoRA, or, in float32 without autocast, pass merged_weights."
         )
     is_linear = isinstance(base, nn.Linear)
-    if is_linear and (type(base).forward is nn.Linear.forward or not _is_plain(base.weight)):
+    if is_linear and (type(base).forward is nn.Linear.forward or not is_plain(base.weight)):
         return functional.linear
     if type(base) is Conv1D:
         return torch.matmul
