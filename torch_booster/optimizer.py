@@ -375,6 +375,14 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
                 "direction to move them in. Pass weights of the model that it runs, and leave out "
                 "kernels that give frozen weights no gradient (fused LoRA, Unsloth's)."
             )
+        if len(there) < len(moves) and not self._now.checked:
+            self._tell(
+                "reached",
+                f"harmful_closure made no gradient of {len(moves) - len(there)} of the "
+                f"{len(moves)} weights in perturbed, which stay where they are. For experts that a "
+                "batch leaves out that is as it should be. Offsets of a MergedOffsets do nothing "
+                "in a list: pass it alone.",
+            )
         return along
 
     def _add(self, groups: dict[Tensor, dict[str, Any]], difference: Grads) -> None:

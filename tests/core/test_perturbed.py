@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -336,6 +337,14 @@ def test_weights_that_the_loss_does_not_reach() -> None:
         for p, g in zip(model.trained, alone, strict=True)
         if p.grad is not None and g is not None
     )
+    opt = boosted(model, [stranger, *model.base])
+    for said in (1, 0):  # once
+        opt.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt.regularize(targets(model, 2))
+        told = ["1 of the 3 weights in perturbed" in str(w.message) for w in caught]
+        assert told == [True] * said
     opt = boosted(model, [stranger])
     opt.zero_grad()
     with pytest.raises(RuntimeError, match="no gradient of any weight in perturbed"):

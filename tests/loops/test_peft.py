@@ -290,6 +290,14 @@ def test_offsets_stay_with_the_optimizer_that_enters_them() -> None:
         optimizer.regularize(closure(model, HARMFUL))
 
 
+def test_offsets_in_a_list_are_told_to_be_out_of_reach() -> None:
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    adapter = trainable(model).values()
+    optimizer = boosted(adapter, perturbed=[*MergedOffsets(model), *adapter])
+    with pytest.warns(UserWarning, match="MergedOffsets do nothing in a list: pass it alone"):
+        optimizer.regularize(closure(model, HARMFUL))
+
+
 def test_weights_that_serve_two_layers_have_no_offsets() -> None:
     tied = tiny_llama()
     tied.lm_head.weight = tied.get_input_embeddings().weight
