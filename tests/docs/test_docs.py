@@ -344,6 +344,7 @@ SETTINGS: list[tuple[str, str, str, str, tuple[str | None, ...]]] = [
     ("recommended", "lora", "one_adapter", "usual", (*BOTH, "booster_merged")),
     ("pretrained", "lora", "", AFTER, MERGED),
     ("pretrained", "lora", "one_adapter", AFTER, MERGED),
+    ("pretrained", "lora", "bfloat16", AFTER, MERGED),
 ]
 
 
