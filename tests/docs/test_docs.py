@@ -340,7 +340,7 @@ SETTINGS: list[tuple[str, str, str, str, tuple[str | None, ...]]] = [
     # of the README's rows: experiment, what is trained, round, score, and the columns' methods
     ("recommended", "full", "", "usual", (*BOTH, "booster_recommended")),
     ("recommended", "full", "", AFTER, (*BOTH, "booster_recommended")),
-    ("recommended", "lora", "", "usual", (*BOTH, "booster_merged")),
+    ("recommended", "lora", "shorter_step", "usual", MERGED),
     ("recommended", "lora", "one_adapter", "usual", (*BOTH, "booster_merged")),
     ("pretrained", "lora", "", AFTER, MERGED),
     ("pretrained", "lora", "one_adapter", AFTER, MERGED),
