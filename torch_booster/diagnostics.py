@@ -74,7 +74,11 @@ def alarms(step: int, ratio: float, h: float, start: float) -> dict[str, str]:
 
 
 def warn_of_passes(
-    trial: Tensor, h: Tensor, drop: Tensor, rounded: tuple[float, torch.dtype] | None
+    trial: Tensor,
+    h: Tensor,
+    drop: Tensor,
+    rounded: tuple[float, torch.dtype] | None,
+    unreached: tuple[int, int] = (0, 0),
 ) -> None:
     """Warns of harmful passes that do not see one function, or not the perturbation asked for.
 
@@ -83,6 +87,7 @@ def warn_of_passes(
         h: h(w) of a second one, on the same randomness and buffers.
         drop: h(w) − h(w′).
         rounded: Share of the narrow weights that moved, and their dtype.
+        unreached: How many weights in `perturbed` got no gradient, and how many there are.
     """
     first, second, change = trial.item(), h.item(), abs(drop.item())
     gap = abs(first - second)
@@ -103,5 +108,12 @@ def warn_of_passes(
             "perturbation should have moved, so the regulariser sees another perturbation "
             "than the one asked for. Keep the trainable weights (such as LoRA adapters) in "
             "float32, or raise alpha and watch diagnostics.perturbation_norm.",
+            stacklevel=6,
+        )
+    if unreached[0]:
+        warnings.warn(
+            f"harmful_closure made no gradient of {unreached[0]} of the {unreached[1]} weights in "
+            "perturbed, which stay where they are. For experts that a batch leaves out that is as "
+            "it should be. Offsets of a MergedOffsets do nothing in a list: pass it alone.",
             stacklevel=6,
         )

@@ -353,7 +353,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
 
         length = s * n if moved is None else tensor_norms(filled(along, moved), params, self.module)
         if trial is not None:
-            warn_of_passes(trial, h, h - h_prime, rounded)
+            wanted = len(live if self._perturbed is None else self._perturbed)
+            warn_of_passes(trial, h, h - h_prime, rounded, (wanted - len(live), wanted))
         self._note(h, h_prime, n, length, expected)
         return difference[: len(trained)]
 
@@ -374,14 +375,6 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
                 "harmful_closure made no gradient of any weight in perturbed, so that there is no "
                 "direction to move them in. Pass weights of the model that it runs, and leave out "
                 "kernels that give frozen weights no gradient (fused LoRA, Unsloth's)."
-            )
-        if len(there) < len(moves) and not self._now.checked:
-            self._tell(
-                "reached",
-                f"harmful_closure made no gradient of {len(moves) - len(there)} of the "
-                f"{len(moves)} weights in perturbed, which stay where they are. For experts that a "
-                "batch leaves out that is as it should be. Offsets of a MergedOffsets do nothing "
-                "in a list: pass it alone.",
             )
         return along
 
