@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.problems import make_problem
 from tests.reference import Loss, booster_gradient
 from torch_booster import BoosterOptimizer
+from torch_booster.hyperparameters import STEP
 
 LAM, ALPHA = 5.0, 0.1
 
@@ -102,13 +103,20 @@ class Trainee:
 
 
 def verdict(trainee: Trainee, before: Snapshot, after: Snapshot, in_base: bool) -> str:
-    """What an interruption left: a step not taken or taken, the base's own part, or neither."""
+    """What an interruption left: a step not taken or taken, the base's own part, or neither.
+
+    The step is counted right after the base's own. In between, one is missing from the count.
+    """
     found = trainee.snapshot()
     if found.equals(before):
         return "not taken"
     if found.equals(after):
         return "taken"
-    return "within the base step" if in_base else "lost"
+    if in_base:
+        return "within the base step"
+    for group in found.optimizer["param_groups"]:
+        group[STEP] += 1
+    return "taken, not counted" if found.equals(after) else "lost"
 
 
 def leftovers(trainee: Trainee) -> list[str]:
