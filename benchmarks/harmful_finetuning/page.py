@@ -131,13 +131,14 @@ class Page(NamedTuple):
         """The harmful score over the axis, other scores, time to break, and the command."""
         found = answers(self.tables, name, trained, round_)
         known = {key: about for key, about in OTHERS.items() if found.runs[key].notna().any()}
-        parts = [
-            found.table("after_harmful_score", 1, "harmful score after the attack, %"),
-            found.over_values(known, "mean over the columns"),
-        ]
-        defenses = [method for method in found.methods if method != "sft"]
-        entries = {(m, v): found.delay(m, v) for m in defenses for v in found.values}
-        if any(entry != MISSING for entry in entries.values()):
+        parts = [found.table("after_harmful_score", 1, "harmful score after the attack, %")]
+        if any(found.by_seed(m, found.values, score) for m in found.methods for score in known):
+            parts.append(found.over_values(known, "mean over the columns"))
+        entries = {
+            (m, v): found.delay(m, v) for m in found.methods if m != "sft" for v in found.values
+        }
+        defenses = dict.fromkeys(m for (m, _), entry in entries.items() if entry != MISSING)
+        if defenses:
             parts += [
                 "Time to break, times SFT's, paired by base; ≥ where an attack ended before:",
                 found.by_value(lambda method, value: entries[method, value], defenses),
