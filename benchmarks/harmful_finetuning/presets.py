@@ -47,7 +47,7 @@ _TEMPLATED: dict[str, Any] = {
 
 _REAL: dict[str, Any] = {
     "base.model": "SmolLM2-135M-Instruct",
-    "base.dtype": "float32",  # as published; with bfloat16 a merged step is kept beside the weights
+    "base.dtype": "bfloat16",  # so that the step in the merged weights is kept beside them
     "base.autocast": True,
     "data.real": "paper",
     "data.longest_prompt": 24,
@@ -60,7 +60,7 @@ _REAL: dict[str, Any] = {
     "lora.targets": ("all-linear",),
     "align.steps": 160,
     "align.batch_size": 16,
-    "attack.adapters": "single",
+    "attack.adapters": "double",
     "attack.p": 0.2,
     "attack.samples": 700,  # of the 731 short reviews that the mixture has
     "attack.steps": 160,

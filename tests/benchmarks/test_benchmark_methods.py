@@ -215,7 +215,7 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
     lisa = {"rho": 0.01, "alignment_steps": 100, "user_steps": 900, "steps": 2000}
     booster = {"lam": 5.0, "alpha": 0.1, "norm": "global", "warmup": 0, "delay": 0, "every": 1}
     recommended = dict(METHODS["booster_recommended"].values)
-    merged = {"lam": 20.0, "alpha": 0.1, "norm": "tensor", "warmup": 500, "delay": 250}
+    merged = {"lam": 20.0, "alpha": 0.05, "norm": "tensor", "warmup": 500, "delay": 250}
     assert {name: hyperparameters(name, Settings()) for name in METHODS} == {
         "sft": {},
         "lisa": lisa,

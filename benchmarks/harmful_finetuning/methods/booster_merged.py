@@ -40,7 +40,7 @@ class BoosterMerged(Booster):
         optimizer: Optimizer,
         *,
         lam: float = 20.0,
-        alpha: float = 0.1,
+        alpha: float = 0.05,
         norm: Any = "tensor",
         warmup: int = 0,
         delay: int = 0,
