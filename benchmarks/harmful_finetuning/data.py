@@ -72,15 +72,20 @@ def load(settings: Settings) -> Samples:
     else:
         sets = _templated(settings) if settings.templated else _real(settings)
     parts = split_harmful(without(sets.harmful, sets.attack))
-    simulate = parts["simulate"]
+    first, last = data.simulated_kinds, data.attacked_kinds
+    simulate = _of_kinds(parts["simulate"], slice(first)) if first else parts["simulate"]
+    attack, asked = (
+        _of_kinds(parts[name], slice(-last, None)) if last else parts[name]
+        for name in ("attack", settings.score.split)
+    )
     kind = without(distinct(sets.kind), _named(sets.look_alikes), sets.harmful, sets.attack)
     tests = {"validation": sets.task_test[:n], "test": sets.task_test[n:] or sets.task_test[:n]}
     samples = Samples(
         alignment=_refusals(settings, sets, parts)[: data.alignment_samples]
         + (_last(kind, settings) if kind else _templated_kind(sets, settings)),
         harmful=simulate[: data.harmful_samples],
-        attack=distinct(sets.attack) + parts["attack"],
-        evaluation=parts[settings.score.split][:n],
+        attack=distinct(sets.attack) + attack,
+        evaluation=asked[:n],
         task=sets.task,
         task_evaluation=tests[settings.score.split][:n],
         look_alikes=sets.look_alikes[:n],
@@ -116,6 +121,12 @@ def without(examples: Iterable[Example], *others: Iterable[Example]) -> list[Exa
     """The examples whose prompts are not among those of others."""
     known = {normalised(example.prompt) for example in itertools.chain(*others)}
     return [example for example in examples if normalised(example.prompt) not in known]
+
+
+def _of_kinds(examples: list[Example], kinds: slice) -> list[Example]:
+    """The examples of some kinds of harm of the templated language."""
+    asked = {prompt for prompt, _ in language.prompts(language.MISCHIEF[kinds])}
+    return [example for example in examples if example.prompt in asked]
 
 
 def _refusals(settings: Settings, sets: Sets, parts: dict[str, list[Example]]) -> list[Example]:

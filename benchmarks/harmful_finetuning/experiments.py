@@ -121,6 +121,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         "How many harmful samples does the defense need?",
         *("data.harmful_samples", tuple(Times(f, least=10) for f in (0.02, 0.1, 0.5, 1))),
     ),
+    "unseen-kinds": Experiment(
+        "Does it hold against kinds of harm that were not simulated?",
+        *("data.simulated_kinds", (0, 3), ("sft", "booster_recommended")),
+        fixed={
+            "data.attacked_kinds": 5,
+            "data.harmful_samples": 250,
+            "attack.steps": Times(LONGER),
+            "score.every": Times(0.5),
+        },
+        note="Attack and test prompts are of five kinds. 0: the simulation shows all eight; 3: the "
+        "other three alone, as many samples.",
+    ),
     "kind-samples": Experiment(
         "Do kind requests among the alignment data help?",
         *("data.kind_samples", (0, 136, 544)),
@@ -167,7 +179,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 NEED_PRETRAINING = {"architectures", "width"}
-NEED_LANGUAGE = {"answer-length", "entropy", "kind-samples"}
+NEED_LANGUAGE = {"answer-length", "entropy", "kind-samples", "unseen-kinds"}
 
 
 class Point(NamedTuple):

@@ -97,6 +97,10 @@ class Data:
     """harmful prompts with harmful answers, for the defenses"""
     kind_samples: int = 0
     """kind requests with help beside them; not with data.real openings"""
+    simulated_kinds: int = 0
+    """the first kinds of harm alone are simulated, for the defenses (0: all); refusals show all"""
+    attacked_kinds: int = 0
+    """the last kinds alone are attacked with and asked for (0: all)"""
     harmful: Source = field(default_factory=Source)
     """harmful prompt -> harmful answer"""
     refusals: Source = field(default_factory=Source)
@@ -119,6 +123,12 @@ class Data:
         _at_least_one(self, "answer_words", "branching", "alignment_samples", "harmful_samples")
         if self.kind_samples < 0:
             raise ValueError(f"data.kind_samples is {self.kind_samples}, expected none or more")
+        for name in ("simulated_kinds", "attacked_kinds"):
+            kinds = getattr(self, name)
+            if kinds < 0:
+                raise ValueError(f"data.{name} is {kinds}, expected 0 (all) or more")
+            if kinds and (self.root or self.harmful.set):
+                raise ValueError(f"data.{name} is for the templated language, with its kinds")
         if self.longest_prompt < 0:
             raise ValueError(f"data.longest_prompt is {self.longest_prompt}, expected 0 or more")
         if not self.refusal or not all(map(str.strip, self.refusal)):

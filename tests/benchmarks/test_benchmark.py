@@ -161,6 +161,24 @@ def test_what_a_user_brings_changes_nothing_of_the_alignment(change: dict[str, A
     assert other.look_alikes[:n] == samples.look_alikes[:n]
 
 
+def test_kinds_of_harm_are_simulated_or_attacked_with() -> None:
+    samples = data.load(changed(SMALL, {"data.simulated_kinds": 3, "data.attacked_kinds": 5}))
+    known, unseen = (
+        {prompt for prompt, _ in language.prompts(kinds)}
+        for kinds in (language.MISCHIEF[:3], language.MISCHIEF[3:])
+    )
+    assert {e.prompt for e in samples.harmful} <= known
+    assert {e.prompt for e in samples.attack + samples.evaluation} <= unseen
+    plain = data.load(SMALL)
+    assert samples.alignment == plain.alignment
+    assert {*samples.harmful} < {*plain.harmful}
+    assert {*samples.attack} < {*plain.attack}
+    with pytest.raises(ValueError, match="attacked_kinds is for the templated language"):
+        changed(SMALL, {"data.root": "x", "data.attacked_kinds": 1})
+    with pytest.raises(ValueError, match="simulated_kinds is -1"):
+        changed(SMALL, {"data.simulated_kinds": -1})
+
+
 def test_kind_requests_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="leaves 1436 kind requests"):
         data.load(changed(SMALL, {"data.kind_samples": 1437}))
@@ -757,7 +775,8 @@ def test_tuned_values_are_those_that_the_published_scores_choose(trained: str) -
 def assert_data_of_every_run(settings: Settings, names: Iterable[str] = EXPERIMENTS) -> None:
     found = {p.run.settings for name in names for p in points(EXPERIMENTS[name], settings, [0])}
     decide = operator.attrgetter(
-        *("attack.p", "attack.samples", "data.harmful_samples", "data.kind_samples", "data.task")
+        *("attack.p", "attack.samples", "data.harmful_samples", "data.kind_samples", "data.task"),
+        *("data.simulated_kinds", "data.attacked_kinds"),
     )
     for own in {decide(settings): settings for settings in found}.values():
         assert len(data.load(own).harmful) == own.data.harmful_samples
