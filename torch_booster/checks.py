@@ -20,6 +20,7 @@ __all__ = [
     "checked_base",
     "checked_closure",
     "checked_count",
+    "checked_norm",
     "checked_perturbed",
     "layers",
     "shown",
@@ -68,6 +69,13 @@ def checked_count(name: str, value: Any, least: int) -> int:
         raise TypeError(f"{name} must be a whole number, got {shown(value)}. Pass an int.")
     if value < least:
         raise ValueError(f"{name} is {value}. Pass at least {least}.")
+    return value
+
+
+def checked_norm(name: str, value: Any) -> Any:
+    """The name of a norm."""
+    if value not in ("global", "tensor"):
+        raise ValueError(f'{name} is {value!r}. Pass "global" or "tensor".')
     return value
 
 

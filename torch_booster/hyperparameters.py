@@ -6,14 +6,15 @@ They live in the param groups of the optimizer that steps, so that a checkpoint 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_booster.checks import checked, checked_count
+from torch_booster.checks import checked, checked_count, checked_norm
 from torch_booster.closure import Waiting
 from torch_booster.diagnostics import Diagnostics, alarms, smoothed
 from torch_booster.functional import lam_at
@@ -63,14 +64,17 @@ def _in_groups(name: str, key: str, doc: str) -> Any:
     return property(get, put, doc=doc)
 
 
-def _shared(name: str, doc: str) -> Any:
+_FROM_ZERO, _ABOVE_ZERO = (partial(checked_count, least=least) for least in (0, 1))
+
+
+def _shared(name: str, check: Callable[[str, Any], Any], doc: str) -> Any:
     """An attribute that may change between steps, set through a stand-in as well."""
 
     def get(self: Hyperparameters) -> Any:
         return getattr(self._now, name)
 
     def put(self: Hyperparameters, value: Any) -> None:
-        setattr(self._now, name, value)
+        setattr(self._now, name, check(name, value))
 
     return property(get, put, doc=doc)
 
@@ -93,21 +97,23 @@ class Hyperparameters:
         eps: float,
     ) -> None:
         self._defaults = {LAM: checked("lam", lam), ALPHA: checked("alpha", alpha)}
-        if norm not in ("global", "tensor"):
-            raise ValueError(f'norm is {norm!r}. Pass "global" or "tensor".')
         self.norm = norm
-        self.lam_warmup_steps = checked_count("lam_warmup_steps", lam_warmup_steps, 0)
-        self.lam_delay_steps = checked_count("lam_delay_steps", lam_delay_steps, 0)
-        self.every = checked_count("every", every, 1)
+        self.lam_warmup_steps = lam_warmup_steps
+        self.lam_delay_steps = lam_delay_steps
+        self.every = every
         self.eps = checked("eps", eps)
 
     lam: float = _in_groups("lam", LAM, "λ, regulariser intensity. Setting it sets every group.")
     alpha: float = _in_groups("alpha", ALPHA, "α, length of the simulated step; as `lam`.")
 
-    norm: Any = _shared("norm", 'One norm ("global"), or one for each tensor ("tensor").')
-    every: int = _shared("every", "k: the regulariser comes at every k-th step.")
-    lam_warmup_steps: int = _shared("lam_warmup_steps", "Steps over which λ grows from zero.")
-    lam_delay_steps: int = _shared("lam_delay_steps", "Steps before that, in which λ is 0.")
+    norm: Any = _shared("norm", checked_norm, 'One norm ("global"), or one a tensor ("tensor").')
+    every: int = _shared("every", _ABOVE_ZERO, "k: the regulariser comes at every k-th step.")
+    lam_warmup_steps: int = _shared(
+        "lam_warmup_steps", _FROM_ZERO, "Steps over which λ grows from zero."
+    )
+    lam_delay_steps: int = _shared(
+        "lam_delay_steps", _FROM_ZERO, "Steps before that, in which λ is 0."
+    )
 
     @property
     def step_count(self) -> int:
@@ -128,6 +134,11 @@ class Hyperparameters:
         schedule = self.lam_warmup_steps, self.lam_delay_steps, self.every
         lam = lam_at(group[STEP] if step is None else step, group[LAM], *schedule)
         return -lam if ascends else lam
+
+    def _own_alpha(self) -> float:
+        """α of weights that are in no group: the groups', or where these differ the optimizer's."""
+        values = {group[ALPHA] for group in self._groups()}
+        return values.pop() if len(values) == 1 else self._defaults[ALPHA]
 
     def _groups(self) -> list[dict[str, Any]]:
         """The param groups, completed where the base has got new ones."""

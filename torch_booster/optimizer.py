@@ -114,10 +114,11 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         norm: "global", the paper's one norm, or "tensor".
         perturbed: The weights v that the simulated step moves, where they are not those that
             train: w′ = (w, v − α·∇ᵥh/(‖∇ᵥh‖ + ε)). With an adapter that will be merged, the weights
-            into which it will be (`torch_booster.integrations.peft`). They may be
-            frozen: they take part in the first harmful pass and never move for good. Floating-point
-            tensors that no one shards; across processes their gradients are averaged. A list of
-            them that is a context manager too is entered around the harmful passes.
+            into which it will be (`torch_booster.integrations.peft`). They may be frozen: they take
+            part in the first harmful pass and never move for good, with the α that all groups
+            share, else this `alpha`. Floating-point tensors that no one shards; across processes
+            their gradients are averaged. A list of them that is a context manager too is entered
+            around the harmful passes.
         lam_warmup_steps: T ≥ 0; λ·min(1, t/T) is in force at step t = 0, 1, …
         lam_delay_steps: D ≥ 0; steps before that, in which λ is 0.
         every: k ≥ 1; the regulariser comes at steps 0, k, 2k, …, k times as heavy.
@@ -325,7 +326,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
             )
         trained, frozen = [*groups], [p for p in self._perturbed or () if p not in groups]
         params = [*trained, *frozen]
-        alphas = [group[ALPHA] for group in groups.values()] + [self.alpha for _ in frozen]
+        alphas = [group[ALPHA] for group in groups.values()] + [self._own_alpha() for _ in frozen]
         options = self.replay_rng, self.module, self.accumulates
         passes = HarmfulPasses(harmful_closure, trained, frozen, *options)
         with handlers_wait(), self._around, passes as harmful:
@@ -373,8 +374,9 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         if not there or not (self._now.checked or any(x.any() for x in there)):
             raise RuntimeError(
                 "harmful_closure made no gradient of any weight in perturbed, so that there is no "
-                "direction to move them in. Pass weights of the model that it runs, and leave out "
-                "kernels that give frozen weights no gradient (fused LoRA, Unsloth's)."
+                "direction to move them in. Pass weights of the model that it runs, with the "
+                "adapters active that were so when you took them, and leave out kernels that give "
+                "frozen weights no gradient (fused LoRA, Unsloth's)."
             )
         return along
 

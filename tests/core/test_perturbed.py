@@ -189,14 +189,18 @@ def test_copies_of_the_optimizer_perturb_their_own_weights() -> None:
     assert [id(p) for p in opt.perturbed or ()] == [id(p) for p in model.base]
 
 
-def test_groups_that_differ_in_alpha() -> None:
+def test_frozen_weights_move_by_the_alpha_of_the_groups_or_else_the_optimizers() -> None:
     model = Adapted()
     groups = [{"params": [*model.down], "booster_alpha": 0.5}, {"params": [*model.up]}]
     base = torch.optim.SGD(groups, lr=0.1)
     opt = BoosterOptimizer(base, LAM, ALPHA, perturbed=model.base)
-    with pytest.raises(ValueError, match="different alpha"):
-        opt.regularize(targets(model, 2))
-    assert all(p.grad is None for p in model.parameters())
+    opt.regularize(targets(model, 2))
+    assert opt.read_diagnostics()["perturbation_norm"] == pytest.approx(ALPHA)
+    opt.zero_grad()
+    for group in opt.param_groups:
+        group["booster_alpha"] = 2 * ALPHA
+    opt.regularize(targets(model, 2))
+    assert opt.read_diagnostics()["perturbation_norm"] == pytest.approx(2 * ALPHA)
 
 
 def of_inference() -> Tensor:

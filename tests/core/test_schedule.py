@@ -214,6 +214,7 @@ def test_every_base_counts(name: str) -> None:
         ("lam_delay_steps", -1, "lam_delay_steps is -1. Pass at least 0"),
         ("every", 0, "every is 0. Pass at least 1"),
         ("every", True, "whole number, got True"),
+        ("norm", "Tensor", 'norm is \'Tensor\'. Pass "global" or "tensor"'),
     ],
 )
 def test_bad_schedules(argument: str, value: object, match: str) -> None:
@@ -221,3 +222,8 @@ def test_bad_schedules(argument: str, value: object, match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         BoosterOptimizer(base, **{argument: value})  # type: ignore[arg-type]
     assert "booster_lam" not in base.param_groups[0]
+    optimizer = BoosterOptimizer(base)
+    before = getattr(optimizer, argument)
+    with pytest.raises((TypeError, ValueError), match=match):
+        setattr(optimizer, argument, value)
+    assert getattr(optimizer, argument) == before

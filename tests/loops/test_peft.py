@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.reliability.test_reliability_faults import InterruptAt
 from tests.tiny_llama import (
     ALIGNMENT,
     ALPHA,
@@ -286,8 +288,82 @@ def test_offsets_stay_with_the_optimizer_that_enters_them() -> None:
     optimizer.regularize(closure(model, HARMFUL))
     assert_close({n: p.grad for n, p in trainable(model).items()}, wanted)
     optimizer.zero_grad()
-    with offsets, pytest.raises(RuntimeError, match="entered twice"):
+    with pytest.raises(RuntimeError, match="entered twice"), offsets:
         optimizer.regularize(closure(model, HARMFUL))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+class InterruptEntering(InterruptAt):
+    """Interrupts at the k-th such point within the code that enters and leaves offsets."""
+
+    def _point(self, frame: Any) -> None:
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if path.name == "peft.py" and name in ("__enter__", "__exit__", "_hooks", "_unhook"):
+            super()._point(frame)
+
+
+def test_an_interruption_around_offsets_leaves_the_next_step_right() -> None:
+    """Of what it may leave hooked, the next regulariser knows."""
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    offsets = MergedOffsets(model)
+    optimizer = boosted(trainable(model).values(), perturbed=offsets, self_check=False)
+    wanted = regularizer(model, offsets)
+    with InterruptEntering(None) as counting:
+        optimizer.regularize(closure(model, HARMFUL))
+    assert counting.count > 10
+    for k in range(counting.count):
+        optimizer.zero_grad()
+        with pytest.raises(KeyboardInterrupt), InterruptEntering(k):
+            optimizer.regularize(closure(model, HARMFUL))
+        torch.set_grad_enabled(True)
+        optimizer.zero_grad()
+        optimizer.regularize(closure(model, HARMFUL))
+        assert_close({n: p.grad for n, p in trainable(model).items()}, wanted)
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_offsets_come_before_the_hooks_of_others() -> None:
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+    layer.register_forward_hook(lambda module, args, y: 4 * y)
+    wanted = regularizer(model, merged_weights(model))
+    assert_close(regularizer(model, MergedOffsets(model)), wanted, tolerance=1e-5)
+    assert len(layer._forward_hooks) == 1
+
+
+def test_a_patched_layer_is_refused() -> None:
+    model = peft.get_peft_model(tiny_llama(), random_lora()).train()
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+    layer.forward = lambda x: x
+    with pytest.raises(ValueError, match="A Linear that LoRA adapts has a forward of its own"):
+        MergedOffsets(model)
+
+
+class Normed(nn.Sequential):
+    """A layer, and what the next one normalises of it."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_norm_in_bfloat16_is_refused_under_autocast_on_a_cpu(dtype: torch.dtype) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model = peft.get_peft_model(Normed().to(dtype), config)
+
+    def harmful() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(torch.ones(3, 4, dtype=dtype)).float().square().mean()
+        loss.backward()
+        return loss
+
+    optimizer = boosted(trainable(model).values(), perturbed=MergedOffsets(model))
+    if dtype is torch.float32:
+        optimizer.regularize(harmful)
+        return
+    with pytest.raises(RuntimeError, match="Load the base in float32"):
+        optimizer.regularize(harmful)
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_offsets_in_a_list_are_told_to_be_out_of_reach() -> None:
@@ -333,6 +409,10 @@ def test_passes_that_are_narrow_throughout_are_told() -> None:
     )
     optimizer = boosted(trainable(model).values(), perturbed=MergedOffsets(model), self_check=False)
     with pytest.warns(UserWarning, match="half of the simulated step is rounded away"):
+        optimizer.regularize(closure(model, HARMFUL))
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is told once
         optimizer.regularize(closure(model, HARMFUL))
 
 

@@ -1073,6 +1073,11 @@ def test_every_below_one_is_refused() -> None:
         BoosterArguments(every=0)
 
 
+def test_an_unknown_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="norm is 'Global'"):
+        BoosterArguments(norm="Global")  # type: ignore[arg-type]
+
+
 def test_a_negative_warm_up_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lam_warmup_steps is -1\. Pass at least 0"):
         BoosterArguments(lam_warmup_steps=-1)

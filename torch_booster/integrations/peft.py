@@ -11,9 +11,10 @@ apart from them.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,9 @@ class MergedOffsets:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         self._beside: list[_Beside] = []
-        self._hooks: list[Any] = []
+        self._told: set[str] = set()
+        norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+        narrow = any(p.itemsize < 4 for m in norms for p in m.parameters(recurse=False))
         held = (p for m in model.modules() for p in m.parameters(recurse=False))
         holders = Counter(map(id, held))
         for layer in _adapted(model):
@@ -115,7 +118,9 @@ class MergedOffsets:
             shape = w.shape if is_plain(w) else (layer.out_features, layer.in_features)
             kind = dtype or (w.dtype if is_plain(w) else torch.bfloat16)
             offset = torch.zeros(shape, dtype=kind, device=w.device)
-            self._beside.append(_Beside(layer, base, [*layer.active_adapters], offset, product))
+            adapters = [*layer.active_adapters]
+            self._beside.append(_Beside(layer, base, adapters, offset, product, narrow, self._told))
+        self._keys = [object() for _ in self._beside]
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter([beside.offset for beside in self._beside])
@@ -127,18 +132,36 @@ class MergedOffsets:
         return any(weight is offset for offset in self)
 
     def __enter__(self) -> None:
-        if self._hooks:
-            raise RuntimeError("MergedOffsets is entered twice. Leave that to the optimizer.")
         for beside in self._beside:
             device = beside.base.weight.device
             if beside.offset.device != device:  # the model has been moved since
                 beside.offset.data = beside.offset.data.to(device)
-        for beside in self._beside:
-            self._hooks.append(beside.base.register_forward_hook(beside))
+        self._unhook()  # Ctrl-C may have left some
+        hooks = self._hooks()
+        try:
+            # As register_forward_hook does, but for all layers in one call into C, between whose
+            # parts no handler of a signal can raise; and before the hooks of others, which see the
+            # merged layer's outputs.
+            list(map(OrderedDict.__setitem__, hooks, self._keys, self._beside))
+            list(map(OrderedDict.move_to_end, hooks, self._keys, repeat(False)))
+        except BaseException:
+            self._unhook()
+            raise
 
-    def __exit__(self, *_: object) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        there = all(key in of for key, of in zip(self._keys, self._hooks(), strict=True))
+        self._unhook()
+        if kind is None and not there:
+            raise RuntimeError(
+                "MergedOffsets was entered twice: another regulariser ran within the harmful "
+                "closure, or the offsets were entered by hand. Leave that to the optimizer."
+            )
+
+    def _hooks(self) -> list[Any]:
+        return [beside.base._forward_hooks for beside in self._beside]
+
+    def _unhook(self) -> None:
+        list(map(OrderedDict.pop, self._hooks(), self._keys, repeat(None)))
 
 
 _Product = Callable[[Tensor, Tensor], Tensor]
@@ -152,15 +175,23 @@ class _Beside(NamedTuple):
     adapters: list[str]
     offset: Tensor
     product: _Product
+    narrow_norms: bool
+    told: set[str]
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         if self.layer.disable_adapters or [*self.layer.active_adapters] != self.adapters:
             return None
         x = args[0]
         if torch.is_autocast_enabled(x.device.type):
+            if self.narrow_norms and x.device.type == "cpu":
+                raise RuntimeError(
+                    "Under autocast a layer beside an offset returns float32, which on a CPU a "
+                    "LayerNorm or GroupNorm in bfloat16 does not take. Load the base in float32."
+                )
             # y has been rounded: in its dtype the sum would be y again.
             return y.float() + self.product(x, self.offset).float()
-        if y.dtype.itemsize < 4:
+        if y.dtype.itemsize < 4 and "narrow" not in self.told:
+            self.told.add("narrow")
             warnings.warn(
                 f"The passes are in {y.dtype} throughout, in which about half of the simulated "
                 "step is rounded away where it is added to what a layer returns. Run them under "
@@ -179,6 +210,12 @@ def _product(layer: Any, base: Any) -> _Product:
             f"The adapter of a {type(base).__name__} is none of plain LoRA but another or a "
             "variant such as DoRA, and a step in the merged weight can not be kept beside it. Use "
             "plain LoRA, or, in float32 without autocast, pass merged_weights."
+        )
+    if "forward" in vars(base) and not hasattr(base, "_hf_hook"):  # Accelerate's moves tensors
+        raise ValueError(
+            f"A {type(base).__name__} that LoRA adapts has a forward of its own, of which it is "
+            "not known how it depends on the weight. Undo the patch, or, in float32 without "
+            "autocast, pass merged_weights."
         )
     is_linear = isinstance(base, nn.Linear)
     if is_linear and (type(base).forward is nn.Linear.forward or not is_plain(base.weight)):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from torch_booster.checks import checked, checked_count
+from torch_booster.checks import checked, checked_count, checked_norm
 from torch_booster.diagnostics import Diagnostics
 from torch_booster.hyperparameters import ALPHA, LAM, STEP, Hyperparameters
 from torch_booster.integrations import needs
@@ -142,8 +142,8 @@ class BoosterArguments:
 
         Raises:
             TypeError: λ or α is no number.
-            ValueError: λ or α is negative or not finite, the batch size or k is below 1, or
-                the warm-up is negative.
+            ValueError: λ or α is negative or not finite, the batch size or k is below 1, the
+                warm-up is negative, or there is no such norm.
         """
         checked("lam", self.lam)
         checked("alpha", self.alpha)
@@ -153,6 +153,7 @@ class BoosterArguments:
                 f"per_device_harmful_batch_size is {size}. Pass at least 1, or nothing for the "
                 "size of a micro-batch."
             )
+        checked_norm("norm", self.norm)
         checked_count("every", self.every, 1)
         checked_count("lam_warmup_steps", self.lam_warmup_steps, 0)
         checked_count("lam_delay_steps", self.lam_delay_steps, 0)
