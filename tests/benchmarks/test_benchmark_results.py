@@ -29,7 +29,7 @@ from benchmarks.harmful_finetuning.methods import METHODS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SIZE = 4_000_000
+SIZE = 5_000_000
 
 
 def record(method: str, seed: int, score: float, accuracy: float = 90.0, **other: Any) -> Any:
