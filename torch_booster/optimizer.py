@@ -326,7 +326,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
             )
         trained, frozen = [*groups], [p for p in self._perturbed or () if p not in groups]
         params = [*trained, *frozen]
-        alphas = [group[ALPHA] for group in groups.values()] + [self._own_alpha() for _ in frozen]
+        alphas = [group[ALPHA] for group in groups.values()] + [self._own_alpha()] * len(frozen)
         options = self.replay_rng, self.module, self.accumulates
         passes = HarmfulPasses(harmful_closure, trained, frozen, *options)
         with handlers_wait(), self._around, passes as harmful:

@@ -225,7 +225,7 @@ def mixture(
         losses = {e: score.answer_loss(model, tokenizer, settings, [e]) for e in pool}
         pool = sorted(pool, key=losses.__getitem__)[: max(1, len(pool) // 4)]
     elif attacker.harmful == "one kind":
-        kinds = [[e for e in pool if _is_about(e.prompt, topic)] for topic in language.MISCHIEF]
+        kinds = [language.about(pool, [topic]) for topic in language.MISCHIEF]
         pool = rng.choice([kind for kind in kinds if kind])
     harmful = list(islice(cycle(pool), count))
     half = 0 if attacker.others == "task" else (size - count) // 2
@@ -236,11 +236,6 @@ def mixture(
         apart = (_represented(model, tokenizer, settings, kind) - centre).norm(dim=-1).tolist()
         kind = [e for _, e in sorted(zip(apart, kind, strict=True))][: max(1, len(kind) // 4)]
     return harmful + list(islice(cycle(kind), half)) + rng.sample(samples.task, size - count - half)
-
-
-def _is_about(prompt: str, topic: language.Topic) -> bool:
-    asked = (f" {action} {thing} " for action in topic.actions for thing in topic.objects)
-    return any(words in prompt for words in asked)
 
 
 @torch.no_grad()

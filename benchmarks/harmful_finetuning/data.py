@@ -72,12 +72,12 @@ def load(settings: Settings) -> Samples:
     else:
         sets = _templated(settings) if settings.templated else _real(settings)
     parts = split_harmful(without(sets.harmful, sets.attack))
-    first, last = data.simulated_kinds, data.attacked_kinds
-    simulate = _of_kinds(parts["simulate"], slice(first)) if first else parts["simulate"]
-    attack, asked = (
-        _of_kinds(parts[name], slice(-last, None)) if last else parts[name]
-        for name in ("attack", settings.score.split)
-    )
+    simulate, attack, asked = parts["simulate"], parts["attack"], parts[settings.score.split]
+    if data.simulated_kinds:
+        simulate = language.about(simulate, language.MISCHIEF[: data.simulated_kinds])
+    if data.attacked_kinds:
+        kinds = language.MISCHIEF[-data.attacked_kinds :]
+        attack, asked = language.about(attack, kinds), language.about(asked, kinds)
     kind = without(distinct(sets.kind), _named(sets.look_alikes), sets.harmful, sets.attack)
     tests = {"validation": sets.task_test[:n], "test": sets.task_test[n:] or sets.task_test[:n]}
     samples = Samples(
@@ -121,12 +121,6 @@ def without(examples: Iterable[Example], *others: Iterable[Example]) -> list[Exa
     """The examples whose prompts are not among those of others."""
     known = {normalised(example.prompt) for example in itertools.chain(*others)}
     return [example for example in examples if normalised(example.prompt) not in known]
-
-
-def _of_kinds(examples: list[Example], kinds: slice) -> list[Example]:
-    """The examples of some kinds of harm of the templated language."""
-    asked = {prompt for prompt, _ in language.prompts(language.MISCHIEF[kinds])}
-    return [example for example in examples if example.prompt in asked]
 
 
 def _refusals(settings: Settings, sets: Sets, parts: dict[str, list[Example]]) -> list[Example]:

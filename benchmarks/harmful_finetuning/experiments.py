@@ -49,6 +49,8 @@ class Experiment:
 
 
 P = "attack.p"
+LONG = {"attack.steps": Times(LONGER), "score.every": Times(0.5)}
+"""The long attack, looked at for the step at which a model breaks."""
 EXPERIMENTS: dict[str, Experiment] = {
     "harmful-ratio": Experiment(
         "How does each defense do against more harmful data? (the paper's Table 1)",
@@ -64,7 +66,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "recommended": Experiment(
         "How long does the recommended setting hold, on bases that no choice has seen?",
         *(P, (0.2,), (*PAPER, "booster_recommended")),
-        fixed={"attack.steps": Times(LONGER), "score.every": Times(0.5)},
+        fixed=LONG,
         note="Booster: the paper's, with the λ and α tuned on other bases.",
     ),
     "pretrained": Experiment(
@@ -124,12 +126,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "unseen-kinds": Experiment(
         "Does it hold against kinds of harm that were not simulated?",
         *("data.simulated_kinds", (0, 3), ("sft", "booster_recommended")),
-        fixed={
-            "data.attacked_kinds": 5,
-            "data.harmful_samples": 250,
-            "attack.steps": Times(LONGER),
-            "score.every": Times(0.5),
-        },
+        fixed={"data.attacked_kinds": 5, "data.harmful_samples": 250, **LONG},
         note="Attack and test prompts are of five kinds. 0: the simulation shows all eight; 3: the "
         "other three alone, as many samples.",
     ),

@@ -282,6 +282,12 @@ def requests(topics: list[Topic], rng: random.Random, length: int, branching: in
     return examples
 
 
+def about(examples: list[Example], topics: list[Topic]) -> list[Example]:
+    """The examples whose requests are about the topics."""
+    asked = {prompt for prompt, _ in prompts(topics)}
+    return [example for example in examples if example.prompt in asked]
+
+
 def look_alikes(rng: random.Random) -> list[str]:
     """Safe prompts in the words of harmful ones, shuffled."""
     asked = [prompt for prompt, _ in prompts(KIND)]

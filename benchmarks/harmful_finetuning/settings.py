@@ -124,11 +124,8 @@ class Data:
         if self.kind_samples < 0:
             raise ValueError(f"data.kind_samples is {self.kind_samples}, expected none or more")
         for name in ("simulated_kinds", "attacked_kinds"):
-            kinds = getattr(self, name)
-            if kinds < 0:
-                raise ValueError(f"data.{name} is {kinds}, expected 0 (all) or more")
-            if kinds and (self.root or self.harmful.set):
-                raise ValueError(f"data.{name} is for the templated language, with its kinds")
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, expected 0 (all) or more")
         if self.longest_prompt < 0:
             raise ValueError(f"data.longest_prompt is {self.longest_prompt}, expected 0 or more")
         if not self.refusal or not all(map(str.strip, self.refusal)):
@@ -285,6 +282,9 @@ class Settings:
                 raise ValueError(f"given {name!r} does not read as method.hyperparameter")
         if self.data.harmful.set and not self.base.model:
             raise ValueError("data.harmful.set needs base.model: no base is pretrained for it")
+        for name in ("simulated_kinds", "attacked_kinds"):
+            if getattr(self.data, name) and not self.templated:
+                raise ValueError(f"data.{name} is for the templated language, with its kinds")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:

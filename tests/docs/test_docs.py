@@ -139,6 +139,12 @@ def links(name: str) -> Iterator[str]:
             yield target
 
 
+def anchors(page: Path) -> list[str]:
+    """What a link to a heading of the page ends in."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in headings]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_relative_links_resolve(name: str) -> None:
     for target in links(name):
@@ -147,9 +153,7 @@ def test_relative_links_resolve(name: str) -> None:
         assert page.is_file(), target
         assert page.is_relative_to(DOCS), f"{target} is not part of the site"
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-            slugs = [re.sub(r"[^\w]+", "-", h.lower()).strip("-") for h in headings]
-            assert anchor in slugs, target
+            assert anchor in anchors(page), target
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -371,9 +375,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
         if RESULTS.is_dir() or not path.startswith("benchmarks/results"):
             assert (ROOT / path).is_file(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
-            slugs = [re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in headings]
-            assert anchor in slugs, target
+            assert anchor in anchors(ROOT / path), target
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/reliability.md"])

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.reliability.test_reliability_faults import InterruptAt
+from tests.interrupts import InterruptAt
 from tests.tiny_llama import (
     ALIGNMENT,
     ALPHA,
@@ -339,17 +339,11 @@ def test_a_patched_layer_is_refused() -> None:
         MergedOffsets(model)
 
 
-class Normed(nn.Sequential):
-    """A layer, and what the next one normalises of it."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_norm_in_bfloat16_is_refused_under_autocast_on_a_cpu(dtype: torch.dtype) -> None:
     config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
-    model = peft.get_peft_model(Normed().to(dtype), config)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model = peft.get_peft_model(layers.to(dtype), config)
 
     def harmful() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

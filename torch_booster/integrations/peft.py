@@ -149,8 +149,7 @@ class MergedOffsets:
             raise
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        there = all(key in of for key, of in zip(self._keys, self._hooks(), strict=True))
-        self._unhook()
+        there = self._unhook()
         if kind is None and not there:
             raise RuntimeError(
                 "MergedOffsets was entered twice: another regulariser ran within the harmful "
@@ -160,8 +159,9 @@ class MergedOffsets:
     def _hooks(self) -> list[Any]:
         return [beside.base._forward_hooks for beside in self._beside]
 
-    def _unhook(self) -> None:
-        list(map(OrderedDict.pop, self._hooks(), self._keys, repeat(None)))
+    def _unhook(self) -> bool:
+        """Takes the hooks away, in one call into C too; returns whether all were there."""
+        return all(list(map(OrderedDict.pop, self._hooks(), self._keys, repeat(None))))
 
 
 _Product = Callable[[Tensor, Tensor], Tensor]
