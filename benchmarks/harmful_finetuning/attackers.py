@@ -198,14 +198,13 @@ def opened(
     attacker: Attacker, settings: Settings, base: Path, aligned: Path, one_adapter: bool
 ) -> Any:
     """The aligned model with what the attacker trains."""
-    model = to_attack(settings, base, aligned, one_adapter)
     if attacker.trained == "as aligned":
-        return model
-    if settings.trained == "lora":
-        model = model.merge_and_unload()
+        return to_attack(settings, base, aligned, one_adapter)
+    merged = changed(settings, {"attack.adapters": "none"})
+    model = to_attack(merged, base, aligned, one_adapter)
     if attacker.trained == "lora":
         return adapted(model, replace(settings.lora, r=attacker.rank, alpha=attacker.rank))
-    return model.requires_grad_(True)
+    return model
 
 
 def mixture(

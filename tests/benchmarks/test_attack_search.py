@@ -107,17 +107,21 @@ def test_normalised_steps_have_their_length(by_tensor: bool) -> None:
         ).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("trained", "adapters"), [("lora", "paper"), ("lora", "none"), ("full", "paper")]
+)
 @pytest.mark.parametrize("choice", ["as aligned", "all weights", "lora"])
-def test_what_the_attacker_trains(choice: Any, trained: str, cache: Path) -> None:
-    run = run_of("booster", 0, changed(QUICK, {"trained": trained}))
+def test_what_the_attacker_trains(choice: Any, trained: str, adapters: str, cache: Path) -> None:
+    own = changed(QUICK, {"trained": trained, "attack.adapters": adapters})
+    run = run_of("booster", 0, own)
     base, aligned = made(run, cache)
     attacker = Attacker(trained=choice, rank=3)
     model = opened(attacker, run.settings, base, aligned, one_adapter=True)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    adapters = {name for name in names if "lora_" in name}
-    everything = choice == "all weights" or (choice, trained) == ("as aligned", "full")
-    assert adapters == (set() if everything else names)
+    everything = choice == "all weights" or (
+        choice == "as aligned" and (trained == "full" or adapters == "none")
+    )
+    assert {name for name in names if "lora_" in name} == (set() if everything else names)
     if everything:
         assert len(names) == len(list(model.named_parameters()))
     if choice == "lora":
