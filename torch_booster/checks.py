@@ -20,6 +20,7 @@ __all__ = [
     "checked_base",
     "checked_closure",
     "checked_count",
+    "checked_flag",
     "checked_norm",
     "checked_perturbed",
     "layers",
@@ -69,6 +70,13 @@ def checked_count(name: str, value: Any, least: int) -> int:
         raise TypeError(f"{name} must be a whole number, got {shown(value)}. Pass an int.")
     if value < least:
         raise ValueError(f"{name} is {value}. Pass at least {least}.")
+    return value
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Whether something is on."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
     return value
 
 

@@ -61,7 +61,8 @@ def alarms(step: int, ratio: float, h: float, start: float) -> dict[str, str]:
             f"At step {step} the alignment blows up: over the last steps a simulated harmful step "
             f"lowered the harmful loss by {ratio:.2g} times what its gradient promises, so that "
             "the regulariser no longer points where it is meant to. Go back to an earlier "
-            "checkpoint and lower alpha or lam, or raise lam_delay_steps and lam_warmup_steps."
+            "checkpoint and pass trust_region=True, lower alpha or lam, or raise lam_delay_steps "
+            "and lam_warmup_steps."
         )
     if step >= 50 and h <= 1.1 * start:
         found["easy way out"] = (

@@ -28,6 +28,7 @@ __all__ = [
     "scale_",
     "step_sizes",
     "subtract_",
+    "trusted",
 ]
 
 
@@ -53,6 +54,28 @@ def lam_at(
     if step % every or after < 0:
         return 0.0
     return every * lam * (min(1.0, after / warmup_steps) if warmup_steps else 1.0)
+
+
+def trusted(fraction: float, drop_ratio: float) -> float:
+    """The fraction of α that a trust region allows next, after what the last step of it saw.
+
+    Half of it where the harmful loss fell by less than a quarter of what its gradient promises, or
+    rose; else 5 % more, up to the whole α. NaN, which promises nothing, leaves it.
+
+    Args:
+        fraction: In (0, 1]; what was allowed so far.
+        drop_ratio: (h(w) − h(w′)) over its first order.
+
+    Example:
+        >>> trusted(1.0, 0.9), trusted(1.0, -3.0), trusted(0.5, 0.9)
+        (1.0, 0.5, 0.525)
+
+    Source: the usual rule of trust-region methods (Nocedal & Wright, Numerical Optimization,
+    algorithm 4.1), growing slowly, since the step is to stay as long as it can.
+    """
+    if drop_ratio < 0.25:
+        return fraction / 2
+    return min(1.0, 1.05 * fraction) if drop_ratio >= 0.25 else fraction
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:

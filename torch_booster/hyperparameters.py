@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_booster.checks import checked, checked_count, checked_norm
+from torch_booster.checks import checked, checked_count, checked_flag, checked_norm
 from torch_booster.closure import Waiting
 from torch_booster.diagnostics import Diagnostics, alarms, smoothed
-from torch_booster.functional import lam_at
+from torch_booster.distributed import averaged
+from torch_booster.functional import lam_at, trusted
 
-__all__ = ["ALPHA", "LAM", "STEP", "Hyperparameters", "Now"]
+__all__ = ["ALPHA", "LAM", "REGION", "STEP", "Hyperparameters", "Now"]
 
 # Keys in the param groups. The base's own names stay free: RMSprop and ASGD own `alpha`.
 LAM = "booster_lam"
 ALPHA = "booster_alpha"
 STEP = "booster_step"
+REGION = "booster_trust_region"  # the fraction of α in force
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Now:
     every: int = 1
     lam_warmup_steps: int = 0
     lam_delay_steps: int = 0
+    trust_region: bool = False
 
 
 def _in_groups(name: str, key: str, doc: str) -> Any:
@@ -95,6 +98,7 @@ class Hyperparameters:
         lam_delay_steps: int,
         every: int,
         eps: float,
+        trust_region: bool,
     ) -> None:
         self._defaults = {LAM: checked("lam", lam), ALPHA: checked("alpha", alpha)}
         self.norm = norm
@@ -102,6 +106,7 @@ class Hyperparameters:
         self.lam_delay_steps = lam_delay_steps
         self.every = every
         self.eps = checked("eps", eps)
+        self.trust_region = trust_region
 
     lam: float = _in_groups("lam", LAM, "λ, regulariser intensity. Setting it sets every group.")
     alpha: float = _in_groups("alpha", ALPHA, "α, length of the simulated step; as `lam`.")
@@ -113,6 +118,9 @@ class Hyperparameters:
     )
     lam_delay_steps: int = _shared(
         "lam_delay_steps", _FROM_ZERO, "Steps before that, in which λ is 0."
+    )
+    trust_region: bool = _shared(
+        "trust_region", checked_flag, "Shorten α where the harmful loss does not fall as promised."
     )
 
     @property
@@ -135,16 +143,31 @@ class Hyperparameters:
         lam = lam_at(group[STEP] if step is None else step, group[LAM], *schedule)
         return -lam if ascends else lam
 
+    def _alpha(self, group: dict[str, Any]) -> float:
+        """α in force."""
+        return group[ALPHA] * group[REGION] if self.trust_region else group[ALPHA]
+
     def _own_alpha(self) -> float:
         """α of weights that are in no group: the groups', or where these differ the optimizer's."""
-        values = {group[ALPHA] for group in self._groups()}
-        return values.pop() if len(values) == 1 else self._defaults[ALPHA]
+        first, *others = self._groups()
+        same = all(group[ALPHA] == first[ALPHA] for group in others)
+        return self._alpha(first if same else first | {ALPHA: self._defaults[ALPHA]})
+
+    def _adapt_alpha(self, alone: bool = False) -> None:
+        """Lets α follow what the passes saw; waits for the device and, unless alone, all ranks."""
+        if not self.trust_region or self._now.diagnostics is None:
+            return
+        ratio = self._now.diagnostics.drop_ratio.clone()
+        (mean,) = [ratio] if alone else averaged([ratio], [ratio])
+        for group in self._groups():
+            group[REGION] = trusted(group[REGION], torch.as_tensor(mean).item())
 
     def _groups(self) -> list[dict[str, Any]]:
         """The param groups, completed where the base has got new ones."""
         taken = max((group.get(STEP, 0) for group in self.param_groups), default=0)
+        own = {STEP: taken} | ({REGION: 1.0} if self.trust_region else {})
         for group in self.param_groups:
-            for key, value in (*self._defaults.items(), (STEP, taken)):
+            for key, value in (self._defaults | own).items():
                 group.setdefault(key, value)
         return self.param_groups
 

@@ -42,7 +42,7 @@ from torch_booster.functional import (
     perturb_,
     step_sizes,
 )
-from torch_booster.hyperparameters import ALPHA, STEP, Hyperparameters, Now
+from torch_booster.hyperparameters import REGION, STEP, Hyperparameters, Now
 from torch_booster.signals import handlers_wait
 
 __all__ = ["BoosterOptimizer", "Diagnostics"]
@@ -123,6 +123,9 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         lam_delay_steps: D ≥ 0; steps before that, in which λ is 0.
         every: k ≥ 1; the regulariser comes at steps 0, k, 2k, …, k times as heavy.
         eps: ε ≥ 0, added to the norm.
+        trust_region: α is a radius that adapts: where h falls by less than a quarter of what its
+            gradient promises, or rises, α is halved, and grows back by 5 % a step. Where it falls
+            as promised nothing changes. Waits for the device once a regulariser.
         replay_rng: Give both harmful passes one random state (torch's, numpy's and Python's global
             generators), so that dropout masks are equal and ∇h(w) − ∇h(w′) measures the
             perturbation rather than the masks.
@@ -161,7 +164,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
 
     Source: Huang et al., "Booster: Tackling Harmful Fine-tuning for Large Language Models via
     Attenuating Harmful Perturbation", ICLR 2025, arXiv 2409.01586, Algorithm 1; the defaults are
-    the paper's. Warm-up and the norm for each tensor are not.
+    the paper's. Warm-up, the norm for each tensor and the trust region are not.
     """
 
     def __init__(
@@ -176,6 +179,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         lam_delay_steps: int = 0,
         every: int = 1,
         eps: float = 1e-7,
+        trust_region: bool = False,
         replay_rng: bool = True,
         module: nn.Module | None = None,
         no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -185,7 +189,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
     ) -> None:
         self.base_optimizer = checked_base(base_optimizer, BoosterOptimizer)
         self._now = Now(checked=not self_check)
-        self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps)
+        self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps, trust_region)
         self._self_check = self_check
         self.perturbed = perturbed
         self.replay_rng = replay_rng
@@ -326,7 +330,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
             )
         trained, frozen = [*groups], [p for p in self._perturbed or () if p not in groups]
         params = [*trained, *frozen]
-        alphas = [group[ALPHA] for group in groups.values()] + [self._own_alpha()] * len(frozen)
+        alphas = [self._alpha(g) for g in groups.values()] + [self._own_alpha()] * len(frozen)
         options = self.replay_rng, self.module, self.accumulates
         passes = HarmfulPasses(harmful_closure, trained, frozen, *options)
         with handlers_wait(), self._around, passes as harmful:
@@ -385,6 +389,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         with torch.no_grad():
             added = add_scaled(list(groups), difference, [self._lam(g) for g in groups.values()])
         self._now.waiting = Waiting(added)
+        self._adapt_alpha(self.independent_ranks)
 
     def _join(self, alignment_closure: Closure) -> Any:
         """Runs an alignment closure while the regulariser waits in `.grad`, or set aside."""
@@ -518,8 +523,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
 
         A state without λ, α and steps, as the bare optimizer saves it, leaves those in force.
         """
-        keys = (*self._defaults, STEP)
-        in_force = [{key: group[key] for key in keys} for group in self._groups()]
+        keys = {*self._defaults, STEP, REGION}
+        in_force = [{key: group[key] for key in keys & {*group}} for group in self._groups()]
         self.base_optimizer.load_state_dict(state_dict)
         for group, hyperparameters in zip(self.param_groups, in_force, strict=True):
             for key, value in hyperparameters.items():

@@ -159,6 +159,18 @@ def diagnostics_are_of_the_whole_batch(stage: int, rank: int) -> None:
     engine.destroy()
 
 
+def alpha_is_halved_where_the_step_is_too_long(stage: int, rank: int) -> None:
+    run = Run(stage=stage, alpha=100.0)
+    engine = launch(run, rank)
+    booster = booster_on(run, engine, trust_region=True)
+    lengths = []
+    for _ in steps(run, engine, booster, rank, range(2)):
+        lengths.append(booster.read_diagnostics()["perturbation_norm"])
+    assert lengths == pytest.approx([100.0, 50.0], rel=1e-4)
+    assert {group["booster_trust_region"] for group in booster.param_groups} == {0.25}
+    engine.destroy()
+
+
 def randomness_and_buffers_are_replayed(stage: int, rank: int) -> None:
     """With α = 0 both passes are one, dropout and all, so that nothing is left to add."""
     run = Run(stage=stage, dropout=0.5, alpha=0.0)
@@ -414,6 +426,7 @@ def cases(folder: str) -> dict[str, Callable[[int], None]]:
         made[f"plain-{stage}"] = partial(passes_leave_nothing_behind, stage, False)
         made[f"checkpoint-{stage}"] = partial(a_checkpoint_goes_on, stage, folder)
         made[f"diagnostics-{stage}"] = partial(diagnostics_are_of_the_whole_batch, stage)
+        made[f"shorter-{stage}"] = partial(alpha_is_halved_where_the_step_is_too_long, stage)
         made[f"replayed-{stage}"] = partial(randomness_and_buffers_are_replayed, stage)
         made[f"exception-{stage}"] = partial(an_exception_leaves_the_weights, stage)
         made[f"memory-{stage}"] = partial(memory_is_two_shards, stage)

@@ -349,6 +349,35 @@ def ddp_perturbs_experts(rank: int) -> None:
     assert all(move.any() for move in moves)
 
 
+class Slope(nn.Module):
+    """h = w on one rank, −w/2 + k·(w − 1)² on the other: w′ is down the slope of both together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, rank: int, bent: float) -> Tensor:
+        return self.w if rank == 0 else -self.w / 2 + bent * (self.w - 1).square()
+
+
+def ddp_shortens_alpha_alike(rank: int, bent: float, left: float) -> None:
+    """A rank alone would have judged otherwise: on the first h falls, on the second it rises."""
+    model = Slope()
+    wrapped = DistributedDataParallel(model)
+    opt = BoosterOptimizer(base_optimizer(model.parameters()), 5.0, 0.1, trust_region=True)
+
+    def harmful() -> Tensor:
+        loss = wrapped(rank, bent)
+        loss.backward()
+        return loss
+
+    opt.zero_grad()
+    opt.regularize(harmful)
+    assert opt.diagnostics is not None
+    assert (opt.diagnostics.harmful_loss_drop.item() > 0) == (rank == 0)
+    assert opt.param_groups[0]["booster_trust_region"] == left
+
+
 def ddp_refuses_a_bare_module_beside_frozen_weights(rank: int) -> None:
     """What is averaged here is the same on all ranks; what DDP should have averaged is not."""
     model = Net(False)
@@ -701,6 +730,8 @@ TWO |= {
         for norm in ("global", "tensor")
     },
     "ddp_perturbs_experts": ddp_perturbs_experts,
+    "ddp_keeps_alpha_where_most_falls": partial(ddp_shortens_alpha_alike, bent=0.0, left=1.0),
+    "ddp_shortens_alpha_where_most_rises": partial(ddp_shortens_alpha_alike, bent=20.0, left=0.5),
     "ddp_perturbs_beside_merged_weights": ddp_perturbs_beside_merged_weights,
     "ddp_refuses_a_bare_module_beside_frozen_weights": (
         ddp_refuses_a_bare_module_beside_frozen_weights

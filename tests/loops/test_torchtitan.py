@@ -82,6 +82,7 @@ def trainer_on(titan: Any, model: nn.Module, **changes: Any) -> Any:
         "norm": "global",
         "lam_warmup_steps": 0,
         "lam_delay_steps": 0,
+        "trust_region": False,
         "every": 1,
     }
     kinds = "pp_enabled", "dp_enabled", "dp_cp_enabled", "cp_enabled", "ep_enabled"

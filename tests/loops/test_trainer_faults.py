@@ -362,6 +362,7 @@ def test_a_trainer_that_prepares_alone_says_what_to_give(name: str, tmp_path: Pa
         ({"lam_warmup_steps": 8}, r"lam_warmup_steps=8 \(0\)"),
         ({"lam_delay_steps": 5}, r"lam_delay_steps=5 \(0\)"),
         ({"norm": "tensor"}, r"norm=tensor \(global\)"),
+        ({"trust_region": True}, r"trust_region=True \(False\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -924,7 +925,7 @@ def test_the_harmful_batches_have_a_collator_of_their_own(tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------------- T11: prepared optimizers
 
-PLAIN = ("lam", "alpha", "every", "norm", "lam_warmup_steps", "lam_delay_steps")
+PLAIN = ("lam", "alpha", "every", "norm", "lam_warmup_steps", "lam_delay_steps", "trust_region")
 
 
 def prepared_by_accelerate() -> tuple[Any, Any, Any]:
@@ -972,7 +973,7 @@ def fabric_run() -> tuple[Any, Any, Any]:
 
 
 VALUES = {"lam": 0.5, "alpha": 0.2, "every": 2, "norm": "tensor", "lam_warmup_steps": 4}
-VALUES |= {"lam_delay_steps": 3}
+VALUES |= {"lam_delay_steps": 3, "trust_region": True}
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -1068,6 +1068,36 @@ def test_bad_lam_is_refused_by_train(tmp_path: Path) -> None:
         make_trainer(tmp_path, booster=BoosterArguments(lam=-1.0)).train()
 
 
+def test_a_resumed_run_goes_on_with_what_is_left_of_alpha(tmp_path: Path) -> None:
+    def run(folder: str, resume: str | None = None) -> Any:
+        trainer = make_trainer(
+            tmp_path / folder,
+            booster=BoosterArguments(LAM, 50.0, 3, trust_region=True, self_check=False),
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def fraction(trainer: Any) -> float:
+        booster = booster_of(trainer.optimizer)
+        assert booster.alpha == 50.0
+        return booster.param_groups[0]["booster_trust_region"]
+
+    whole = run("whole")
+    assert fraction(whole) < 0.1
+    resumed = run("whole", str(tmp_path / "whole" / "checkpoint-3"))
+    assert fraction(resumed) == fraction(whole)
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(p, wanted[name]) for name, p in resumed.model.state_dict().items())
+
+
+def test_a_trust_region_is_on_or_off() -> None:
+    with pytest.raises(TypeError, match="trust_region must be True or False"):
+        BoosterArguments(trust_region=1)  # type: ignore[arg-type]
+
+
 def test_every_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"every is 0\. Pass at least 1"):
         BoosterArguments(every=0)

@@ -60,6 +60,7 @@ __all__ = ["AcceleratedEngine", "booster_of", "regularize", "step"]
 # Of a BoosterOptimizer, and of no optimizer around it.
 HYPERPARAMETERS = {
     *("lam", "alpha", "every", "norm", "perturbed", "lam_warmup_steps", "lam_delay_steps"),
+    "trust_region",
 }
 
 
@@ -152,6 +153,7 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
         lam_delay_steps: The same.
         every: The same.
         eps: The same.
+        trust_region: The same.
         replay_rng: The same.
         self_check: The same.
 
@@ -175,6 +177,7 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
         lam_delay_steps: int = 0,
         every: int = 1,
         eps: float = 1e-7,
+        trust_region: bool = False,
         replay_rng: bool = True,
         self_check: bool = True,
     ) -> None:
@@ -199,6 +202,7 @@ class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):
             lam_delay_steps=lam_delay_steps,
             every=every,
             eps=eps,
+            trust_region=trust_region,
             replay_rng=replay_rng,
             self_check=self_check,
         )

@@ -47,6 +47,7 @@ class BoosterConfig(BaseModel):
     booster_every: int = 1
     booster_lam_warmup_steps: int = 0
     booster_lam_delay_steps: int = 0
+    booster_trust_region: bool = False
     booster_perturb_merged: bool = False
     booster_harmful_batch_size: int | None = None
 

@@ -38,7 +38,7 @@ from torch_booster.functional import (
     step_sizes,
     subtract_,
 )
-from torch_booster.hyperparameters import ALPHA, STEP, Hyperparameters, Now
+from torch_booster.hyperparameters import STEP, Hyperparameters, Now
 
 __all__ = ["BoosterEngine"]
 
@@ -72,6 +72,7 @@ class BoosterEngine(Hyperparameters):
         lam_delay_steps: The same.
         every: The same.
         eps: The same.
+        trust_region: The same.
         replay_rng: The same.
         self_check: Look at the first regulariser, by one more harmful pass: the passes repeat and
             leave nothing behind, the forward weights move by α and come back bit for bit.
@@ -93,11 +94,12 @@ class BoosterEngine(Hyperparameters):
         lam_delay_steps: int = 0,
         every: int = 1,
         eps: float = 1e-7,
+        trust_region: bool = False,
         replay_rng: bool = True,
         self_check: bool = True,
     ) -> None:
         self._now = Now(checked=not self_check)
-        self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps)
+        self._set(lam, alpha, norm, lam_warmup_steps, lam_delay_steps, every, eps, trust_region)
         refuse_what_cannot_work(engine)
         self.engine = engine
         self.replay_rng = replay_rng
@@ -182,7 +184,7 @@ class BoosterEngine(Hyperparameters):
     def _difference(self, harmful_closure: Closure) -> list[Tensor]:
         """∇h(w) − ∇h(w′) of this rank's pieces; weights and gradients are left as they were."""
         shards, check = self._shards, not self._now.checked
-        alphas = [self._groups()[i][ALPHA] for i in shards.group_of]
+        alphas = [self._alpha(self._groups()[i]) for i in shards.group_of]
         with _HarmfulPasses(harmful_closure, self.engine, shards, self.replay_rng) as harmful:
             trial = harmful.run() if check else None
             h, g = harmful.run()  # h(w), ∇h(w), multiplied by the loss scale
@@ -263,6 +265,7 @@ class BoosterEngine(Hyperparameters):
         scale_([d for _, d, _ in rows], [lam for *_, lam in rows])
         add_([g for g, *_ in rows], [d for _, d, _ in rows])
         self._shards.changed()
+        self._adapt_alpha()
 
     def _refuse_stale(self) -> None:
         if self._waiting_since != self.engine.global_steps:

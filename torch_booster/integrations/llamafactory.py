@@ -64,11 +64,11 @@ def booster(model: nn.Module, config: Mapping[str, Any]) -> BoosterOptimizer:
     # YAML reads 1e-4 as text.
     lr, decay = float(given.pop("lr")), float(given.pop("weight_decay", 0.01))
     told: dict[str, Any] = {key: float(given.pop(key)) for key in ("lam", "alpha") if key in given}
-    told |= {key: given.pop(key) for key in ("norm", *COUNTS) if key in given}
+    told |= {key: given.pop(key) for key in ("norm", "trust_region", *COUNTS) if key in given}
     if given:
         raise ValueError(
             f"optim_config has unknown keys: {', '.join(given)}. Known are lr, weight_decay, lam, "
-            f"alpha, norm, {', '.join(COUNTS)}."
+            f"alpha, norm, trust_region, {', '.join(COUNTS)}."
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(trained, lr=lr, weight_decay=decay)

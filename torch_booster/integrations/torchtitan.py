@@ -51,6 +51,7 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
         lam_warmup_steps: int = 0
         lam_delay_steps: int = 0
         every: int = 1
+        trust_region: bool = False
 
     def __init__(self, config: Config) -> None:
         if type(config.harmful_dataloader) is BaseDataLoader.Config:  # which builds nothing
@@ -97,6 +98,7 @@ class BoosterTrainer(Trainer):  # pyright: ignore[reportUntypedBaseClass]
             lam_warmup_steps=config.lam_warmup_steps,
             lam_delay_steps=config.lam_delay_steps,
             every=config.every,
+            trust_region=config.trust_region,
             module=self.model_parts[0],
         )
         self.optimizers.optimizers[0] = self.booster

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from torch_booster.checks import checked, checked_count, checked_norm
+from torch_booster.checks import checked, checked_count, checked_flag, checked_norm
 from torch_booster.diagnostics import Diagnostics
 from torch_booster.hyperparameters import ALPHA, LAM, STEP, Hyperparameters
 from torch_booster.integrations import needs
@@ -125,6 +125,13 @@ class BoosterArguments:
             "help": "One norm for the whole simulated step (the paper's), or one per tensor."
         },
     )
+    trust_region: bool = field(
+        default=False,
+        metadata={
+            "help": "Halve α where the harmful loss falls by less than a quarter of what its "
+            "gradient promises, and let it grow back."
+        },
+    )
     perturb_merged: bool = field(
         default=False,
         metadata={
@@ -154,6 +161,7 @@ class BoosterArguments:
                 "size of a micro-batch."
             )
         checked_norm("norm", self.norm)
+        checked_flag("trust_region", self.trust_region)
         checked_count("every", self.every, 1)
         checked_count("lam_warmup_steps", self.lam_warmup_steps, 0)
         checked_count("lam_delay_steps", self.lam_delay_steps, 0)
@@ -384,7 +392,7 @@ class BoosterMixin(Trainer):
         if isinstance(booster, BoosterOptimizer) and _moves_merged(old) != _moves_merged(new):
             booster.perturbed = self._perturbed(new, cast(nn.Module, self.model))
         self._followed = new
-        for name in ("norm", "lam_warmup_steps", "lam_delay_steps", "every"):
+        for name in ("norm", "lam_warmup_steps", "lam_delay_steps", "every", "trust_region"):
             if getattr(new, name) != getattr(old, name):
                 setattr(booster, name, getattr(new, name))
         for key, before, after in ((LAM, old.lam, new.lam), (ALPHA, old.alpha, new.alpha)):

@@ -19,6 +19,8 @@ Variations, not from the paper, all of them arguments of `BoosterOptimizer`:
   first.
 - A norm for each tensor: w′ᵢ = wᵢ − α/√n · ∇ᵢh(w)/(‖∇ᵢh(w)‖ + 1e-7). The simulated step has
   length α all the same, but every tensor takes the same share of it.
+- α as the radius of a trust region, halved where the harmful loss falls by less than a quarter of
+  what its gradient promises, or rises; else it grows back by 5 % a step.
 - The regulariser at every k-th step only, k times as heavy: 1 + 2/k passes a step.
 """
 
@@ -45,6 +47,7 @@ class Booster(Stage):
         warmup: T, steps until the full λ; 0 is the full λ from step D on.
         delay: D, steps without a regulariser.
         every: k ≥ 1; 1 is a regulariser at each step.
+        trust_region: Whether α adapts.
     """
 
     optimizer: BoosterOptimizer
@@ -60,6 +63,7 @@ class Booster(Stage):
         warmup: int = 0,
         delay: int = 0,
         every: int = 1,
+        trust_region: bool = False,
     ) -> None:
         wrapped = BoosterOptimizer(
             optimizer,
@@ -69,6 +73,7 @@ class Booster(Stage):
             lam_warmup_steps=warmup,
             lam_delay_steps=delay,
             every=every,
+            trust_region=trust_region,
             self_check=False,  # passes are counted, and the loop is known
         )
         super().__init__(model, wrapped)

@@ -1,0 +1,250 @@
+"""α as a trust region: halved where h falls short of its promise, else growing back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import assume, given
+from torch import Tensor, nn
+
+from tests.optimizers import make
+from tests.problems import MODELS, Problem, make_problem
+from tests.reference import booster_gradient
+from torch_booster import BoosterOptimizer
+from torch_booster.functional import trusted
+from torch_booster.hyperparameters import REGION
+
+LAM = 2.0
+TOO_LONG = 30.0  # past the valley of h
+
+
+def by_hand(fraction: float, ratio: float) -> float:
+    """Written out once more, with other words."""
+    if ratio < 1 / 4:
+        return 0.5 * fraction
+    grown = fraction * 1.05
+    return grown if grown < 1 else 1.0
+
+
+def drop_ratio(problem: Problem, params: list[Tensor], alpha: float, norm: str) -> float:
+    """(h(w) − h(w′)) over its first order, of the oracle's own w′."""
+    w = [p.detach().clone().requires_grad_() for p in params]
+    found = torch.autograd.grad(problem.h_of(w), w, allow_unused=True)
+    g = [torch.zeros_like(p) if x is None else x for p, x in zip(w, found, strict=True)]
+    lengths = [x.norm() for x in g]
+    n = sum(bool(length > 0) for length in lengths)
+    whole = torch.stack(lengths).norm()
+    steps = [
+        alpha / math.sqrt(n) / (length + 1e-7) if norm == "tensor" else alpha / (whole + 1e-7)
+        for length in lengths
+    ]
+    moved = [p.detach() - s * x for p, s, x in zip(w, steps, g, strict=True)]
+    promised = sum(s * length**2 for s, length in zip(steps, lengths, strict=True))
+    return ((problem.h_of(w) - problem.h_of(moved)) / promised).item()
+
+
+def wrapped(problem: Problem, alpha: float, **options: Any) -> BoosterOptimizer:
+    base = make("AdamW", problem.params)
+    return BoosterOptimizer(base, LAM, alpha, trust_region=True, self_check=False, **options)
+
+
+def step(opt: BoosterOptimizer, problem: Problem, usage: str = "one_call") -> None:
+    opt.zero_grad()
+    if usage == "one_call":
+        opt.step(problem.f_closure, problem.h_closure)
+    else:
+        opt.regularize(problem.h_closure)
+        problem.f_closure()
+        opt.step()
+
+
+def fraction(opt: BoosterOptimizer) -> float:
+    (found,) = {group[REGION] for group in opt.param_groups}
+    return found
+
+
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    seed=st.integers(0, 2**31),
+    alpha=st.floats(0.01, 100.0),
+    norm=st.sampled_from(["global", "tensor"]),
+    usage=st.sampled_from(["one_call", "staged"]),
+)
+def test_each_step_is_the_formulas_with_the_alpha_that_is_left(
+    name: str, seed: int, alpha: float, norm: Any, usage: str
+) -> None:
+    problem = make_problem(name, seed)
+    opt = wrapped(problem, alpha, norm=norm)
+    params = [p.detach().clone().requires_grad_() for p in problem.params]
+    base, left = make("AdamW", params), 1.0
+    for _ in range(6):
+        step(opt, problem, usage)
+        ratio = drop_ratio(problem, params, left * alpha, norm)
+        assume(abs(ratio - 0.25) > 1e-6)
+        wanted = booster_gradient(problem.f_of, problem.h_of, params, LAM, left * alpha, norm=norm)
+        for p, grad in zip(params, wanted, strict=True):
+            p.grad = grad
+        base.step()
+        assert opt.diagnostics is not None
+        assert opt.diagnostics.perturbation_norm.item() == pytest.approx(left * alpha, rel=1e-5)
+        left = by_hand(left, ratio)
+        assert fraction(opt) == pytest.approx(left)
+        for p, q in zip(problem.params, params, strict=True):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-9)
+
+
+def test_where_h_falls_as_promised_nothing_changes() -> None:
+    one, other = make_problem("mlp", 0), make_problem("mlp", 0)
+    plain = BoosterOptimizer(make("AdamW", other.params), LAM, 0.01, self_check=False)
+    opt = wrapped(one, 0.01)
+    for _ in range(20):
+        step(opt, one)
+        step(plain, other)
+    assert fraction(opt) == 1.0
+    assert all(torch.equal(p, q) for p, q in zip(one.params, other.params, strict=True))
+
+
+def test_alpha_grows_back_and_no_further() -> None:
+    problem = make_problem("mlp", 0)
+    opt = wrapped(problem, 0.01)
+    opt.param_groups[0][REGION] = 0.5
+    seen = []
+    for _ in range(20):
+        step(opt, problem)
+        seen.append(fraction(opt))
+    assert seen[:2] == pytest.approx([0.525, 0.55125])
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen)
+
+
+def test_a_loss_that_is_no_number_promises_nothing() -> None:
+    """As under a GradScaler's overflow, which skips the step."""
+    assert trusted(0.5, math.nan) == 0.5
+    weight = nn.Parameter(torch.ones(2))
+    opt = BoosterOptimizer(torch.optim.SGD([weight], 0.1), trust_region=True, self_check=False)
+
+    def overflows() -> Tensor:
+        loss = (weight * math.inf).sum()
+        loss.backward()
+        return loss
+
+    opt.regularize(overflows)
+    assert fraction(opt) == 1.0
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_only_steps_with_a_regulariser_count(every: int) -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG, every=every)
+    seen = []
+    for _ in range(3):
+        step(opt, problem)
+        seen.append(fraction(opt))
+    assert seen[0] == 0.5
+    assert len(set(seen)) == (1 if every == 3 else 3)
+
+
+def test_what_is_left_of_alpha_is_saved_and_loaded() -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    for _ in range(3):
+        step(opt, problem)
+    assert fraction(opt) < 1
+    other = copy.deepcopy(problem.params), make_problem("mlp", 1)
+    for p, q in zip(other[1].params, other[0], strict=True):
+        p.data.copy_(q.data)
+    resumed = wrapped(other[1], TOO_LONG)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(3):
+        step(opt, problem)
+        step(resumed, other[1])
+    assert fraction(resumed) == fraction(opt)
+    assert all(torch.equal(p, q) for p, q in zip(problem.params, other[1].params, strict=True))
+
+
+def test_a_state_of_the_bare_optimizer_leaves_what_is_in_force() -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    bare = make("AdamW", make_problem("mlp", 1).params).state_dict()
+    step(opt, problem)
+    opt.load_state_dict(bare)
+    assert fraction(opt) == 0.5
+
+
+def test_a_state_without_a_trust_region_has_no_trace_of_it() -> None:
+    problem = make_problem("mlp", 1)
+    opt = BoosterOptimizer(make("AdamW", problem.params), LAM, TOO_LONG, self_check=False)
+    step(opt, problem)
+    assert all(REGION not in group for group in opt.state_dict()["param_groups"])
+    opt.trust_region = True  # a run may take it up
+    step(opt, problem)
+    assert fraction(opt) == 0.5
+
+
+def test_switched_off_the_whole_alpha_is_in_force() -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    step(opt, problem)
+    opt.trust_region = False
+    step(opt, problem)
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(TOO_LONG)
+    assert fraction(opt) == 0.5
+
+
+def test_the_users_alpha_stays_the_users() -> None:
+    """A scheduler of α, or a group with its own, is shortened in proportion."""
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    step(opt, problem)
+    assert opt.alpha == TOO_LONG
+    opt.alpha = 1.0
+    step(opt, problem)
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.5)
+
+
+def test_frozen_weights_take_the_same_share() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double()
+    model[0].requires_grad_(False)
+    base = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    opt = BoosterOptimizer(base, LAM, TOO_LONG, perturbed=model[0].parameters(), trust_region=True)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def closure() -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    lengths = []
+    for _ in range(2):
+        opt.zero_grad()
+        opt.regularize(closure)
+        assert opt.diagnostics is not None
+        lengths.append(opt.diagnostics.perturbation_norm.item())
+        closure()
+        opt.step()
+    assert lengths == pytest.approx([TOO_LONG, TOO_LONG / 2])
+
+
+def test_a_check_changes_nothing() -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    opt.check(problem.h_closure)
+    assert fraction(opt) == 1.0
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_anything_but_true_and_false_is_refused(value: Any) -> None:
+    base = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(TypeError, match="trust_region must be True or False"):
+        BoosterOptimizer(base, trust_region=value)
+    opt = BoosterOptimizer(base)
+    with pytest.raises(TypeError, match="trust_region must be True or False"):
+        opt.trust_region = value
+    assert opt.trust_region is False
