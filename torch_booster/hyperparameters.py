@@ -158,14 +158,17 @@ class Hyperparameters:
         if not self.trust_region or self._now.diagnostics is None:
             return
         ratio = self._now.diagnostics.drop_ratio.clone()
-        (mean,) = [ratio] if alone else averaged([ratio], [ratio])
+        if not alone:
+            averaged([ratio], [ratio])  # in place
+        seen = ratio.item()
         for group in self._groups():
-            group[REGION] = trusted(group[REGION], torch.as_tensor(mean).item())
+            group[REGION] = trusted(group[REGION], seen)
 
     def _groups(self) -> list[dict[str, Any]]:
         """The param groups, completed where the base has got new ones."""
-        taken = max((group.get(STEP, 0) for group in self.param_groups), default=0)
-        own = {STEP: taken} | ({REGION: 1.0} if self.trust_region else {})
+        own = {STEP: max((group.get(STEP, 0) for group in self.param_groups), default=0)}
+        if self.trust_region:
+            own |= {REGION: min((g.get(REGION, 1.0) for g in self.param_groups), default=1.0)}
         for group in self.param_groups:
             for key, value in (self._defaults | own).items():
                 group.setdefault(key, value)

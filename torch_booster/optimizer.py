@@ -100,7 +100,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
     Each harmful pass starts on an empty `.grad` and what it leaves there is its gradient.
 
     λ, α and the number of steps taken live in the param groups as `booster_lam`, `booster_alpha`
-    and `booster_step`; a group may set its own λ and α. They are saved and loaded with the state.
+    and `booster_step`; a group may set its own λ and α. They are saved and loaded with the state,
+    and with a trust region `booster_trust_region`, the share of α that is in force.
     Where a group maximises, f is a reward and the regulariser's sign follows.
 
     Memory beyond the gradients: two copies of the trainable weights, and one of the gradients that

@@ -214,8 +214,8 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
     }
     lisa = {"rho": 0.01, "alignment_steps": 100, "user_steps": 900, "steps": 2000}
     booster = {"lam": 5.0, "alpha": 0.1, "norm": "global", "warmup": 0, "delay": 0, "every": 1}
-    recommended = dict(METHODS["booster_recommended"].values)
-    merged = {"lam": 20.0, "alpha": 0.05, "norm": "tensor", "warmup": 500, "delay": 250}
+    booster |= {"trust_region": False}
+    grown = {"norm": "tensor", "warmup": 500, "delay": 250}
     assert {name: hyperparameters(name, Settings()) for name in METHODS} == {
         "sft": {},
         "lisa": lisa,
@@ -223,9 +223,9 @@ def test_the_methods_of_the_paper_and_their_defaults() -> None:
         "vaccine": {"rho": 2.0},
         "booster": booster,
         "booster_warmed": booster | {"warmup": 500},
-        "booster_recommended": booster | recommended,
-        "booster_merged": merged,
-        "booster_mixture": recommended | {"spread": 4.0},
+        "booster_recommended": booster | grown | {"lam": 20.0, "alpha": 0.2, "trust_region": True},
+        "booster_merged": grown | {"lam": 20.0, "alpha": 0.05},
+        "booster_mixture": grown | {"lam": 10.0, "alpha": 0.2, "spread": 4.0},
         "booster_vaccine": {"lam": 5.0, "alpha": 0.1, "rho": 5.0},
         "booster_lisa": booster | lisa,
         "booster_held": {"lam": 5.0, "alpha": 0.1, "every": 4},
@@ -309,7 +309,16 @@ def test_an_exception_leaves_weights_and_hooks_as_they_were(
 
 
 def off(stage_class: type[Stage]) -> dict[str, float]:
-    when = ("norm", "every", "warmup", "delay", "alignment_steps", "user_steps", "steps")
+    when = (
+        "norm",
+        "trust_region",
+        "every",
+        "warmup",
+        "delay",
+        "alignment_steps",
+        "user_steps",
+        "steps",
+    )
     return {name: 0 for name in defaults(stage_class) if name not in when}
 
 
@@ -736,7 +745,7 @@ def test_the_control_compares_at_boosters_hyperparameters_unless_told_otherwise(
     settings = changed(preset("quick"), {"given": given})
     runs = [run for _, run in points(EXPERIMENTS["control"], settings, [0])]
     own = {"lam": 1.0, "alpha": 0.3}
-    rest = {"norm": "global", "warmup": 0, "delay": 0, "every": 1}
+    rest = {"norm": "global", "warmup": 0, "delay": 0, "every": 1, "trust_region": False}
     assert {run.method: dict(run.hyperparameters) for run in runs} == {
         "sft": {},
         "booster": own | rest,

@@ -209,6 +209,14 @@ def test_the_users_alpha_stays_the_users() -> None:
     assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.5)
 
 
+def test_a_group_that_comes_late_joins_the_others() -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    step(opt, problem)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    assert fraction(opt) == 0.5
+
+
 def test_frozen_weights_take_the_same_share() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double()
     model[0].requires_grad_(False)

@@ -70,7 +70,14 @@ METHODS: dict[str, Method] = {
     "booster_recommended": _booster(
         "Booster, recommended",
         Booster,
-        values={"norm": "tensor", "lam": 10.0, "alpha": 0.2, "warmup": 500, "delay": 250},
+        values={
+            "norm": "tensor",
+            "lam": 20.0,
+            "alpha": 0.2,
+            "warmup": 500,
+            "delay": 250,
+            "trust_region": True,
+        },
     ),
     "booster_merged": Method(
         "Booster, in the merged weights",
