@@ -23,6 +23,7 @@ __all__ = [
     "checked_flag",
     "checked_norm",
     "checked_perturbed",
+    "checked_share",
     "layers",
     "shown",
 ]
@@ -78,6 +79,13 @@ def checked_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}.")
     return value
+
+
+def checked_share(name: str, value: Any) -> float:
+    """A share of something that is there: above 0, at most 1."""
+    if not 0 < checked(name, value) <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {shown(value)}.")
+    return as_float(value)
 
 
 def checked_norm(name: str, value: Any) -> Any:

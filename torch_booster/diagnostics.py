@@ -15,8 +15,9 @@ __all__ = ["Diagnostics", "alarms", "smoothed", "warn_of_passes"]
 class Diagnostics(NamedTuple):
     """What one regulariser saw: 0-dimensional, detached tensors on the device.
 
-    Reading one with `.item()` waits for the device; the step itself never does. To first order
-    the perturbation lowers h by Σᵢ sᵢ‖∇ᵢh(w)‖², which is α·‖∇h(w)‖ with one norm over everything.
+    Reading one with `.item()` waits for the device; the step does so for a trust region alone. To
+    first order the perturbation lowers h by Σᵢ sᵢ‖∇ᵢh(w)‖², which is α·‖∇h(w)‖ with one norm over
+    everything.
     """
 
     harmful_loss: Tensor  # h(w)
@@ -61,8 +62,8 @@ def alarms(step: int, ratio: float, h: float, start: float) -> dict[str, str]:
             f"At step {step} the alignment blows up: over the last steps a simulated harmful step "
             f"lowered the harmful loss by {ratio:.2g} times what its gradient promises, so that "
             "the regulariser no longer points where it is meant to. Go back to an earlier "
-            "checkpoint and pass trust_region=True, lower alpha or lam, or raise lam_delay_steps "
-            "and lam_warmup_steps."
+            "checkpoint and pass trust_region=True; where it is on, lower alpha or lam, or raise "
+            "lam_delay_steps and lam_warmup_steps."
         )
     if step >= 50 and h <= 1.1 * start:
         found["easy way out"] = (

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 __all__ = [
+    "LEAST_TRUSTED",
     "add_",
     "copying",
     "entries",
@@ -56,11 +57,15 @@ def lam_at(
     return every * lam * (min(1.0, after / warmup_steps) if warmup_steps else 1.0)
 
 
+LEAST_TRUSTED = 2.0**-10
+
+
 def trusted(fraction: float, drop_ratio: float) -> float:
     """The fraction of α that a trust region allows next, after what the last step of it saw.
 
-    Half of it where the harmful loss fell by less than a quarter of what its gradient promises, or
-    rose; else 5 % more, up to the whole α. NaN, which promises nothing, leaves it.
+    Half of it, and no less than 2⁻¹⁰, where the harmful loss fell by less than a quarter of what
+    its gradient promises, or rose; else 5 % more, up to the whole α. NaN, which promises nothing,
+    leaves it.
 
     Args:
         fraction: In (0, 1]; what was allowed so far.
@@ -70,11 +75,11 @@ def trusted(fraction: float, drop_ratio: float) -> float:
         >>> trusted(1.0, 0.9), trusted(1.0, -3.0), trusted(0.5, 0.9)
         (1.0, 0.5, 0.525)
 
-    Source: the usual rule of trust-region methods (Nocedal & Wright, Numerical Optimization,
-    algorithm 4.1), growing slowly, since the step is to stay as long as it can.
+    Source: after the radius of trust-region methods (Nocedal & Wright, Numerical Optimization,
+    algorithm 4.1). It grows at every good step, and slowly, since it is to stay as long as it can.
     """
     if drop_ratio < 0.25:
-        return fraction / 2
+        return max(LEAST_TRUSTED, fraction / 2)
     return min(1.0, 1.05 * fraction) if drop_ratio >= 0.25 else fraction
 
 

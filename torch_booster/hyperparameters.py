@@ -14,11 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_booster.checks import checked, checked_count, checked_flag, checked_norm
+from torch_booster.checks import (
+    checked,
+    checked_count,
+    checked_flag,
+    checked_norm,
+    checked_share,
+)
 from torch_booster.closure import Waiting
 from torch_booster.diagnostics import Diagnostics, alarms, smoothed
 from torch_booster.distributed import averaged
-from torch_booster.functional import lam_at, trusted
+from torch_booster.functional import LEAST_TRUSTED, lam_at, trusted
 
 __all__ = ["ALPHA", "LAM", "REGION", "STEP", "Hyperparameters", "Now"]
 
@@ -134,6 +140,8 @@ class Hyperparameters:
         for group in groups:
             for key in self._defaults:
                 checked(key, group[key])
+            if self.trust_region:
+                checked_share(REGION, group[REGION])
         return any(self._lam(group) for group in groups)
 
     def _lam(self, group: dict[str, Any], step: int | None = None) -> float:
@@ -153,16 +161,33 @@ class Hyperparameters:
         same = all(group[ALPHA] == first[ALPHA] for group in others)
         return self._alpha(first if same else first | {ALPHA: self._defaults[ALPHA]})
 
-    def _adapt_alpha(self, alone: bool = False) -> None:
-        """Lets α follow what the passes saw; waits for the device and, unless alone, all ranks."""
-        if not self.trust_region or self._now.diagnostics is None:
+    def _adapt_alpha(self, loss_scale: float = 1.0, alone: bool = True) -> None:
+        """Lets α follow what the passes saw; waits for the device and, unless alone, all ranks.
+
+        Args:
+            loss_scale: By which the gradients are larger than those of the loss.
+            alone: This rank has seen what the others have.
+        """
+        seen = self._now.diagnostics
+        if not self.trust_region or seen is None:
             return
-        ratio = self._now.diagnostics.drop_ratio.clone()
+        lost = seen.harmful_loss.isfinite() & seen.harmful_grad_norm.isfinite()
+        lost &= ~seen.perturbed_harmful_loss.isfinite()  # NaN is as far from the promise as ∞
+        ratio = torch.where(lost, -torch.inf, seen.drop_ratio * loss_scale)
         if not alone:
             averaged([ratio], [ratio])  # in place
-        seen = ratio.item()
+        number = ratio.item()
         for group in self._groups():
-            group[REGION] = trusted(group[REGION], seen)
+            group[REGION] = trusted(group[REGION], number)
+        if self.param_groups[0][REGION] == LEAST_TRUSTED:
+            self._tell(
+                "short",
+                "The trust region has shortened alpha to a thousandth, and the harmful loss still "
+                "falls by less than a quarter of what its gradient promises. Usual causes: a "
+                "closure whose gradients are scaled and whose loss is not (under a GradScaler call "
+                "regularize(closure, loss_scale=scaler.get_scale())), a loss in 16 bits, or passes "
+                "that are not one function of the weights. Otherwise lower lam.",
+            )
 
     def _groups(self) -> list[dict[str, Any]]:
         """The param groups, completed where the base has got new ones."""

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_booster.checks import checked, checked_base, checked_closure, checked_perturbed, layers
+from torch_booster.checks import (
+    checked,
+    checked_base,
+    checked_closure,
+    checked_perturbed,
+    checked_share,
+    layers,
+)
 from torch_booster.closure import (
     Closure,
     Grads,
@@ -124,9 +131,9 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         lam_delay_steps: D ≥ 0; steps before that, in which λ is 0.
         every: k ≥ 1; the regulariser comes at steps 0, k, 2k, …, k times as heavy.
         eps: ε ≥ 0, added to the norm.
-        trust_region: α is a radius that adapts: where h falls by less than a quarter of what its
-            gradient promises, or rises, α is halved, and grows back by 5 % a step. Where it falls
-            as promised nothing changes. Waits for the device once a regulariser.
+        trust_region: α is a radius that adapts: after a regulariser at which h falls by less than a
+            quarter of what its gradient promises, or rises, α is halved; after any other it grows
+            back by 5 %. Where h falls as promised nothing changes. Waits for the device each time.
         replay_rng: Give both harmful passes one random state (torch's, numpy's and Python's global
             generators), so that dropout masks are equal and ∇h(w) − ∇h(w′) measures the
             perturbation rather than the masks.
@@ -273,13 +280,14 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         self._refuse_engine()
         return self._backward(f, h)
 
-    def _backward(self, f: Closure, h: Closure) -> Any:
+    def _backward(self, f: Closure, h: Closure, loss_scale: float = 1.0) -> Any:
         self._refuse_second_regularizer()
         if not self.is_due():
             with torch.enable_grad():
                 return f()
         groups = self._trainable()
         difference = self._difference(groups, h)
+        self._adapt_alpha(loss_scale, self.independent_ranks)
         if self.no_sync is not None:  # one all-reduce averages it with the alignment gradient
             self._add(groups, difference)
             return self._join(f)
@@ -289,7 +297,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         self._add(groups, difference)
         return loss
 
-    def regularize(self, harmful_closure: Closure) -> Tensor | None:
+    def regularize(self, harmful_closure: Closure, *, loss_scale: float = 1.0) -> Tensor | None:
         """Adds λ·(∇h(w) − ∇h(w′)) to `.grad`, once before each plain `step()`.
 
         Call it before the forward pass of the alignment loss: in between, the weights are
@@ -301,24 +309,31 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         Args:
             harmful_closure: Runs forward and backward of h and returns the loss; called twice, on
                 one batch. It may zero gradients and may loop over micro-batches.
+            loss_scale: > 0, by which the gradients that it makes are larger than those of the loss
+                that it returns: a GradScaler's scale. For the trust region alone.
 
         Returns:
             h(w), detached; None where λ is zero at this step and nothing was run.
 
         Raises:
             TypeError: `harmful_closure` is not callable or returns no loss.
+            ValueError: `loss_scale` is not above 0.
             RuntimeError: It made no gradients, or the regulariser has been added already.
         """
         h = checked_closure("harmful_closure", harmful_closure)
+        if not checked("loss_scale", loss_scale):
+            raise ValueError("loss_scale is 0. Pass the scale of the gradients, 1.0 where none is.")
         self._refuse_engine()
-        return self._regularize(h)
+        return self._regularize(h, loss_scale)
 
-    def _regularize(self, h: Closure) -> Tensor | None:
+    def _regularize(self, h: Closure, loss_scale: float = 1.0) -> Tensor | None:
         self._refuse_second_regularizer()
         if not self.is_due():
             return None
         groups = self._trainable()
-        self._add(groups, self._difference(groups, h))
+        difference = self._difference(groups, h)
+        self._adapt_alpha(loss_scale, self.independent_ranks)
+        self._add(groups, difference)
         return self._now.diagnostics.harmful_loss if self._now.diagnostics is not None else None
 
     @torch.no_grad()
@@ -390,7 +405,6 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         with torch.no_grad():
             added = add_scaled(list(groups), difference, [self._lam(g) for g in groups.values()])
         self._now.waiting = Waiting(added)
-        self._adapt_alpha(self.independent_ranks)
 
     def _join(self, alignment_closure: Closure) -> Any:
         """Runs an alignment closure while the regulariser waits in `.grad`, or set aside."""
@@ -475,9 +489,7 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
 
     def _trainable(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that requires a gradient, without repetition."""
-        params = {
-            p: group for group in self.param_groups for p in group["params"] if p.requires_grad
-        }
+        params = {p: group for group in self._groups() for p in group["params"] if p.requires_grad}
         if not params:
             raise RuntimeError(
                 f"No parameter of the {type(self.base_optimizer).__name__} requires a gradient, so "
@@ -511,6 +523,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         """Adds a group to the base optimizer; it may bring its own `booster_lam` and `_alpha`."""
         for key in self._defaults.keys() & param_group.keys():
             checked(key, param_group[key])
+        if REGION in param_group:
+            checked_share(REGION, param_group[REGION])
         self.base_optimizer.add_param_group(param_group)
         self._groups()
 
@@ -528,6 +542,8 @@ class BoosterOptimizer(Hyperparameters, Optimizer):
         in_force = [{key: group[key] for key in keys & {*group}} for group in self._groups()]
         self.base_optimizer.load_state_dict(state_dict)
         for group, hyperparameters in zip(self.param_groups, in_force, strict=True):
+            if STEP in group:  # of this class, without a trust region: the whole α
+                hyperparameters.pop(REGION, None)
             for key, value in hyperparameters.items():
                 group.setdefault(key, value)
         self._end_waiting()

@@ -137,6 +137,55 @@ def test_a_loss_that_is_no_number_promises_nothing() -> None:
     assert fraction(opt) == 1.0
 
 
+def test_a_step_into_where_there_is_no_loss_is_too_long() -> None:
+    weight = nn.Parameter(torch.ones(()))
+    opt = BoosterOptimizer(torch.optim.SGD([weight], 0.1), 1.0, 3.0, trust_region=True)
+
+    def root() -> Tensor:
+        loss = weight.sqrt()
+        loss.backward()
+        return loss
+
+    opt.regularize(root)  # of a negative number, at w′
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.perturbed_harmful_loss.isnan()
+    assert fraction(opt) == 0.5
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_scale_of_a_gradscaler_has_to_be_told(told: bool) -> None:
+    problem = make_problem("mlp", 0)
+    opt = wrapped(problem, 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def scaled(loss: Tensor) -> Tensor:
+        scaler.scale(loss).backward()
+        return loss
+
+    def run() -> None:
+        for _ in range(12):
+            opt.zero_grad()
+            scale = {"loss_scale": scaler.get_scale()} if told else {}
+            opt.regularize(lambda: scaled(problem.h()), **scale)
+            scaled(problem.f())
+            scaler.step(opt)
+            scaler.update()
+
+    if told:
+        run()
+        assert fraction(opt) == 1.0
+    else:
+        with pytest.warns(UserWarning, match=r"to a thousandth.*loss_scale=scaler\.get_scale"):
+            run()
+        assert fraction(opt) == 2.0**-10
+
+
+def test_a_scale_of_zero_is_refused() -> None:
+    problem = make_problem("mlp", 0)
+    with pytest.raises(ValueError, match="loss_scale is 0"):
+        wrapped(problem, 0.01).regularize(problem.h_closure, loss_scale=0.0)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_only_steps_with_a_regulariser_count(every: int) -> None:
     problem = make_problem("mlp", 1)
@@ -174,6 +223,18 @@ def test_a_state_of_the_bare_optimizer_leaves_what_is_in_force() -> None:
     step(opt, problem)
     opt.load_state_dict(bare)
     assert fraction(opt) == 0.5
+
+
+def test_a_state_of_booster_without_it_brings_the_whole_alpha() -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, TOO_LONG)
+    other = make_problem("mlp", 1)
+    plain = BoosterOptimizer(make("AdamW", other.params), LAM, TOO_LONG, self_check=False)
+    step(plain, other)
+    step(opt, problem)
+    opt.load_state_dict(plain.state_dict())
+    assert opt.is_due()
+    assert fraction(opt) == 1.0
 
 
 def test_a_state_without_a_trust_region_has_no_trace_of_it() -> None:
@@ -242,9 +303,23 @@ def test_frozen_weights_take_the_same_share() -> None:
 
 def test_a_check_changes_nothing() -> None:
     problem = make_problem("mlp", 1)
-    opt = wrapped(problem, TOO_LONG)
+    opt = BoosterOptimizer(make("AdamW", problem.params), LAM, TOO_LONG)
+    opt.trust_region = True
     opt.check(problem.h_closure)
     assert fraction(opt) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 2.0, math.nan])
+def test_no_other_share_than_a_part_of_alpha_is_taken(share: float) -> None:
+    problem = make_problem("mlp", 1)
+    opt = wrapped(problem, 0.1)
+    group = {"params": [nn.Parameter(torch.ones(2))], REGION: share}
+    with pytest.raises(ValueError, match=REGION):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
+    opt.param_groups[0][REGION] = share
+    with pytest.raises(ValueError, match=REGION):
+        opt.regularize(problem.h_closure)
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])

@@ -122,22 +122,22 @@ class Run:
         eps: float = EPS,
         dtype: torch.dtype = torch.float64,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        trust_region: bool = False,
     ) -> None:
+        more: dict[str, Any] = {"eps": eps, "trust_region": trust_region, "self_check": False}
         self.accelerator = accelerator
         self.around = around
         self.dtype = dtype
         model = make_model(dtype)
         base = make_base(model.parameters())
         if order == "prepare_booster":
-            self.booster = BoosterOptimizer(base, lam, ALPHA, eps=eps, self_check=False)
+            self.booster = BoosterOptimizer(base, lam, ALPHA, **more)
             self.model, self.optimizer, self.scheduler = accelerator.prepare(
                 model, self.booster, make_scheduler(self.booster)
             )
         else:
             self.model, base = accelerator.prepare(model, base)
-            self.optimizer = self.booster = BoosterOptimizer(
-                base, lam, ALPHA, eps=eps, self_check=False
-            )
+            self.optimizer = self.booster = BoosterOptimizer(base, lam, ALPHA, **more)
             self.scheduler = accelerator.prepare(make_scheduler(self.booster))
 
     def own(self, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -316,6 +316,16 @@ def test_scaled_gradients_equal_the_plain_loop(
     enter_fp16(run.accelerator)
     run.steps(one_call=one_call)
     assert_close(run.params(), reference(accumulation, clip=not one_call, eps=0.0))
+
+
+@pytest.mark.parametrize("one_call", [False, True], ids=["staged", "one_call"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_trust_region_knows_the_scale(order: str, one_call: bool) -> None:
+    run = Run(fp16_accelerator(1), order, eps=0.0, trust_region=True)
+    enter_fp16(run.accelerator)
+    run.steps(one_call=one_call)
+    assert_close(run.params(), reference(1, clip=not one_call, eps=0.0))
+    assert run.optimizer.param_groups[0]["booster_trust_region"] == 1.0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -88,9 +88,10 @@ def test_axolotl_trains_on_the_booster_gradient(axolotl: Any, tmp_path: Path) ->
 
 def test_axolotls_keys_are_the_arguments(axolotl: Any) -> None:
     keys = {"booster_alpha": 0.2, "booster_norm": "tensor", "booster_harmful_batch_size": 4}
+    keys |= {"booster_trust_region": True}
     given = axolotl.arguments(configuration(**keys))
     assert given == BoosterArguments(
-        lam=LAM, alpha=0.2, norm="tensor", per_device_harmful_batch_size=4
+        lam=LAM, alpha=0.2, norm="tensor", per_device_harmful_batch_size=4, trust_region=True
     )
     assert axolotl.BoosterPlugin().get_input_args().endswith("BoosterConfig")
     fields = axolotl.BoosterConfig.model_fields

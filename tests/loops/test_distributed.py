@@ -378,6 +378,24 @@ def ddp_shortens_alpha_alike(rank: int, bent: float, left: float) -> None:
     assert opt.param_groups[0]["booster_trust_region"] == left
 
 
+def ranks_of_their_own_judge_alone(rank: int) -> None:
+    model = Slope()
+    opt = BoosterOptimizer(
+        *(base_optimizer(model.parameters()), 5.0, 0.1),
+        trust_region=True, independent_ranks=True,
+    )
+
+    def harmful() -> Tensor:
+        loss = model(rank, 20.0)
+        loss.backward()
+        return loss
+
+    for _ in range(1 + rank):  # the others do not wait
+        opt.zero_grad()
+        opt.regularize(harmful)
+    assert opt.param_groups[0]["booster_trust_region"] == (1.0 if rank == 0 else 0.25)
+
+
 def ddp_refuses_a_bare_module_beside_frozen_weights(rank: int) -> None:
     """What is averaged here is the same on all ranks; what DDP should have averaged is not."""
     model = Net(False)
@@ -730,6 +748,7 @@ TWO |= {
         for norm in ("global", "tensor")
     },
     "ddp_perturbs_experts": ddp_perturbs_experts,
+    "ranks_of_their_own_judge_alone": ranks_of_their_own_judge_alone,
     "ddp_keeps_alpha_where_most_falls": partial(ddp_shortens_alpha_alike, bent=0.0, left=1.0),
     "ddp_shortens_alpha_where_most_rises": partial(ddp_shortens_alpha_alike, bent=20.0, left=0.5),
     "ddp_perturbs_beside_merged_weights": ddp_perturbs_beside_merged_weights,

@@ -246,6 +246,13 @@ def test_a_bad_configuration_is_told(factory: Any, config: dict[str, Any], error
         factory.booster(toolkits.TokenModel(), config)
 
 
+def test_the_configurations_values_are_the_optimizers(factory: Any) -> None:
+    values = {"lam": 2.0, "alpha": 0.3, "norm": "tensor", "every": 2, "trust_region": True}
+    values |= {"lam_warmup_steps": 5, "lam_delay_steps": 3}
+    made = factory.booster(toolkits.TokenModel(), {"lr": 0.1, **values})
+    assert {name: getattr(made, name) for name in values} == values
+
+
 def test_half_a_step_is_not_rounded(factory: Any) -> None:
     with pytest.raises(TypeError, match=r"every must be a whole number, got 2\.5"):
         factory.booster(toolkits.TokenModel(), {"lr": 0.1, "every": 2.5})

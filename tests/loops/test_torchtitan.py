@@ -161,6 +161,14 @@ def test_each_step_is_the_formula(titan: Any) -> None:
             torch.testing.assert_close(found, g * (CLIP / norm), rtol=1e-4, atol=1e-9)
 
 
+def test_the_configurations_values_are_the_optimizers(titan: Any) -> None:
+    values = {"lam": 2.0, "alpha": 0.3, "norm": "tensor", "every": 2, "trust_region": True}
+    values |= {"lam_warmup_steps": 5, "lam_delay_steps": 3}
+    trainer = trainer_on(titan, Model(), **values)
+    trainer._begin(trainer.config)
+    assert {name: getattr(trainer.booster, name) for name in values} == values
+
+
 def test_each_regulariser_has_its_batch_in_a_resumed_run_too(titan: Any) -> None:
     harmful = list(islice(batches(2), 3))
 

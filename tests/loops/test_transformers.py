@@ -568,6 +568,13 @@ class LossScaling(BoosterTrainer):
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
 
 
+def test_a_trust_region_knows_the_scale_of_the_loss(tmp_path: Path) -> None:
+    booster = BoosterArguments(LAM, 0.01, 3, trust_region=True, self_check=False)
+    trainer = make_trainer(tmp_path, kind=LossScaling, booster=booster, max_steps=8)
+    trainer.train()
+    assert booster_of(trainer.optimizer).param_groups[0]["booster_trust_region"] == 1.0
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_loss_scaling_skips_what_overflows(tmp_path: Path, accumulation: int) -> None:
     trainer = make_trainer(
@@ -1091,6 +1098,9 @@ def test_a_resumed_run_goes_on_with_what_is_left_of_alpha(tmp_path: Path) -> Non
     assert fraction(resumed) == fraction(whole)
     wanted = whole.model.state_dict()
     assert all(torch.equal(p, wanted[name]) for name, p in resumed.model.state_dict().items())
+    booster_of(resumed.optimizer).param_groups[0]["booster_trust_region"] = 2.0**-9
+    resumed.train()  # anew, and so is α
+    assert fraction(resumed) > 2.0**-9 * 1.05**6
 
 
 def test_a_trust_region_is_on_or_off() -> None:

@@ -99,7 +99,7 @@ def regularize(optimizer: Optimizer, harmful_closure: Closure) -> Tensor | None:
     if not GradientState().sync_gradients or not booster.is_due():
         return None
     _refuse_what_cannot_work()
-    return booster._regularize(_undivided(harmful_closure))
+    return booster._regularize(_undivided(harmful_closure), loss_scale(booster, optimizer))
 
 
 def step(optimizer: Optimizer, alignment_closure: Closure, harmful_closure: Closure) -> Any:
@@ -118,12 +118,20 @@ def step(optimizer: Optimizer, alignment_closure: Closure, harmful_closure: Clos
     harmful_closure = checked_closure("harmful_closure", harmful_closure)
     if GradientState().sync_gradients and booster.is_due():
         _refuse_what_cannot_work()
-        loss = booster._backward(alignment_closure, _undivided(harmful_closure))
+        scale = loss_scale(booster, optimizer)
+        loss = booster._backward(alignment_closure, _undivided(harmful_closure), scale)
     else:
         with torch.enable_grad():
             loss = alignment_closure()
     optimizer.step()
     return loss
+
+
+def loss_scale(booster: BoosterOptimizer, prepared: Any) -> float:
+    """By which `accelerator.backward` makes gradients larger than the loss; for a trust region."""
+    around = *layers(prepared), *layers(booster.base_optimizer)
+    scalers = [s for layer in around if (s := getattr(layer, "scaler", None)) is not None]
+    return scalers[0].get_scale() if booster.trust_region and scalers else 1.0
 
 
 class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from torch_booster.checks import checked, checked_count, checked_flag, checked_norm
 from torch_booster.diagnostics import Diagnostics
-from torch_booster.hyperparameters import ALPHA, LAM, STEP, Hyperparameters
+from torch_booster.hyperparameters import ALPHA, LAM, REGION, STEP, Hyperparameters
 from torch_booster.integrations import needs
 from torch_booster.integrations.harmful_data import (
     checked_dataset,
@@ -47,7 +47,7 @@ with needs("transformers"):
     from accelerate.optimizer import AcceleratedOptimizer  # pyright: ignore[reportMissingTypeStubs]
     from transformers import Trainer, TrainingArguments
 
-    from torch_booster.integrations.accelerate import AcceleratedEngine, booster_of
+    from torch_booster.integrations.accelerate import AcceleratedEngine, booster_of, loss_scale
 
 __all__ = ["BoosterArguments", "BoosterMixin", "BoosterTrainer"]
 
@@ -335,6 +335,7 @@ class BoosterMixin(Trainer):
         if isinstance(booster := _bare(self.optimizer), BoosterOptimizer):
             for group in booster._groups():
                 group[STEP] = 0
+                group.pop(REGION, None)
         return super()._inner_training_loop(*args, **kwargs)
 
     # ------------------------------------------------------------------ the step
@@ -445,7 +446,10 @@ class BoosterMixin(Trainer):
         with _kept(self, (*RECORDS, "in_harmful_pass")):
             self.in_harmful_pass = True
             self.current_gradient_accumulation_steps = 1  # h is not accumulated
-            booster._regularize(closure)
+            if isinstance(booster, BoosterOptimizer):
+                booster._regularize(closure, loss_scale(booster, self.accelerator))
+            else:
+                booster._regularize(closure)
         seen = booster.diagnostics
         assert seen is not None
         self._count_what_happened(booster)
@@ -488,7 +492,9 @@ class BoosterMixin(Trainer):
         ours = {f.name: getattr(self.booster_args, f.name) for f in fields(self.booster_args)}
         rest = {name: value for name, value in values.items() if name not in ours}
         given = {
-            name: value if ours[name] is None else type(ours[name])(value)
+            name: value
+            if ours[name] is None or ours[name] in (True, False)
+            else type(ours[name])(value)
             for name, value in values.items()
             if name in ours
         }
@@ -526,7 +532,7 @@ class BoosterMixin(Trainer):
         path = os.path.join(checkpoint, ARGUMENTS_NAME)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                saved = json.load(file)
+                saved = {f.name: f.default for f in fields(self.booster_args)} | json.load(file)
             now = asdict(self.booster_args)
             changed |= {
                 name: (value, now[name])
