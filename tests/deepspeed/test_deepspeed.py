@@ -171,6 +171,23 @@ def alpha_is_halved_where_the_step_is_too_long(stage: int, rank: int) -> None:
     engine.destroy()
 
 
+def what_pads_a_partition_is_no_weight(rank: int) -> None:
+    """It is whatever was in memory."""
+    run = Run(stage=3)
+    engine = launch(run, rank)
+    booster = booster_on(run, engine)
+    shards, flats = booster._shards, engine.optimizer.fp32_partitioned_groups_flat
+    kept = [m.clone() for m in shards.masters()]
+    for flat in flats:
+        flat.detach().fill_(torch.nan)
+    for m, value in zip(shards.masters(), kept, strict=True):
+        m.copy_(value)
+    assert shards.any_rank(any(flat.isnan().any() for flat in flats))
+    booster.regularize(harmful_closure(engine, rank, 0))
+    assert booster.read_diagnostics()["perturbation_norm"] == pytest.approx(ALPHA, rel=1e-5)
+    engine.destroy()
+
+
 def randomness_and_buffers_are_replayed(stage: int, rank: int) -> None:
     """With α = 0 both passes are one, dropout and all, so that nothing is left to add."""
     run = Run(stage=stage, dropout=0.5, alpha=0.0)
@@ -437,6 +454,7 @@ def cases(folder: str) -> dict[str, Callable[[int], None]]:
             made[f"overflow-{stage}-offload"] = partial(an_overflow_skips_the_step, stage, True)
             for fault in ("forward", "left", "norm"):
                 made[f"check-{fault}-{stage}"] = partial(the_self_check_sees, fault, stage)
+    made["padding"] = what_pads_a_partition_is_no_weight
     made["refused"] = features_are_refused
     return made
 

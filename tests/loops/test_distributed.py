@@ -382,7 +382,8 @@ def ranks_of_their_own_judge_alone(rank: int) -> None:
     model = Slope()
     opt = BoosterOptimizer(
         *(base_optimizer(model.parameters()), 5.0, 0.1),
-        trust_region=True, independent_ranks=True,
+        trust_region=True,
+        independent_ranks=True,
     )
 
     def harmful() -> Tensor:

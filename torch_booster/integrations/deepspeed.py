@@ -592,7 +592,12 @@ class _Stage3(_Shards):
         places = [
             self.optimizer.grad_position[self.optimizer.get_param_id(p)] for p in self.tensors
         ]
-        return [flats[i].view(-1).narrow(0, into, size) for i, into, size in places]
+        return self._unpadded([flats[i].view(-1).narrow(0, into, n) for i, into, n in places])
+
+    def _unpadded(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Without what fills up a partition: whatever was in memory, NaN among it."""
+        spans = [_span(p) for p in self.tensors]
+        return [x.view(-1)[: b - a] for x, (a, b) in zip(pieces, spans, strict=True)]
 
     def masters(self) -> list[Tensor]:
         return self._cut([flat.detach() for flat in self.optimizer.fp32_partitioned_groups_flat])
@@ -600,17 +605,12 @@ class _Stage3(_Shards):
     def forward_weights(self) -> list[Tensor]:
         return [_resident(p) for p in self.tensors]
 
-    def are_forward(self, masters: Sequence[Tensor]) -> bool:
-        return all(
-            torch.equal(x, m[: x.numel()].to(x))  # a resident weight has no padding
-            for x, m in zip(self.forward_weights(), masters, strict=True)
-        )
-
     def gradients(self) -> list[Tensor]:
         if self.optimizer.offload_optimizer:
             return self._cut([m.grad for m in self.optimizer.fp32_partitioned_groups_flat])
         averaged = self.optimizer.averaged_gradients
-        return [x.view(-1) for i in range(len(self.optimizer.fp16_groups)) for x in averaged[i]]
+        groups = range(len(self.optimizer.fp16_groups))
+        return self._unpadded([x for i in groups for x in averaged[i]])
 
     def is_fresh(self) -> bool:
         optimizer = self.optimizer
@@ -640,13 +640,19 @@ class _Stage3(_Shards):
             _renorm(self, self.optimizer.get_param_id)
 
 
+def _span(p: Any) -> tuple[int, int]:
+    """From where to where in a ZeRO-3 parameter this rank's part reaches."""
+    size, whole = p.partition_numel(), p.ds_numel
+    start = min(whole, torch.distributed.get_rank(p.ds_process_group) * size)
+    return start, min(whole, start + size)
+
+
 def _resident(p: Any) -> Tensor:
     """This rank's part of a ZeRO-3 parameter, out of the whole weight where that is in memory."""
-    shard = p.ds_tensor.detach()
+    start, end = _span(p)
     if p.ds_status.name != "AVAILABLE":
-        return shard.view(-1)
-    start = torch.distributed.get_rank(p.ds_process_group) * p.partition_numel()
-    return p.detach().view(-1)[start : start + p.partition_numel()]
+        return p.ds_tensor.detach().view(-1)[: end - start]
+    return p.detach().view(-1)[start:end]
 
 
 def _renorm(shards: _Shards, key: Callable[[Tensor], Any]) -> None:
