@@ -345,7 +345,7 @@ SETTINGS: list[tuple[str, str, str, str, tuple[str | None, ...]]] = [
     ("recommended", "full", "", "usual", (*BOTH, "booster_recommended")),
     ("recommended", "full", "", AFTER, (*BOTH, "booster_recommended")),
     ("recommended", "lora", "shorter_step", "usual", MERGED),
-    ("recommended", "lora", "one_adapter", "usual", (*BOTH, "booster_merged")),
+    ("recommended", "lora", "shorter_one_adapter", "usual", MERGED),
     ("pretrained", "lora", "", AFTER, MERGED),
     ("pretrained", "lora", "one_adapter", AFTER, MERGED),
     ("pretrained", "lora", "bfloat16", AFTER, MERGED),
