@@ -171,8 +171,8 @@ class Hyperparameters:
         seen = self._now.diagnostics
         if not self.trust_region or seen is None:
             return
-        lost = seen.harmful_loss.isfinite() & seen.harmful_grad_norm.isfinite()
-        lost &= ~seen.perturbed_harmful_loss.isfinite()  # NaN is as far from the promise as ∞
+        there = seen.harmful_loss.isfinite() & seen.harmful_grad_norm.isfinite()
+        lost = there & ~seen.perturbed_harmful_loss.isfinite()  # NaN is no better than ∞
         ratio = torch.where(lost, -torch.inf, seen.drop_ratio * loss_scale)
         if not alone:
             averaged([ratio], [ratio])  # in place

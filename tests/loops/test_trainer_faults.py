@@ -493,12 +493,16 @@ def test_a_hyperparameter_search_over_lam(
     class Trial(dict[str, Any]):
         params: Any = ()
 
-    for lam, every in ((1.0, 1), (2.0, 3)):
-        trial = Trial(lam=lam, every=every, learning_rate=1e-3)
+    for lam, every, region in ((1, "1", True), (2, "3", False)):
+        trial = Trial(lam=lam, every=every, trust_region=region, learning_rate=1e-3)
         trainer.train(trial=trial)
         booster = booster_of(trainer.optimizer)
-        assert (booster.lam, booster.every, trainer.args.learning_rate) == (lam, every, 1e-3)
+        assert (booster.lam, booster.every, trainer.args.learning_rate) == (lam, int(every), 1e-3)
+        assert type(booster.lam) is float
+        assert booster.trust_region is region
         assert trainer._trial is trial
+    with pytest.raises(TypeError, match="trust_region must be True or False, got 'False'"):
+        trainer.train(trial=Trial(trust_region="False"))
     assert not [r for r in caplog.records if "no corresponding field" in r.message]
 
 

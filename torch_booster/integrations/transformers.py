@@ -492,9 +492,8 @@ class BoosterMixin(Trainer):
         ours = {f.name: getattr(self.booster_args, f.name) for f in fields(self.booster_args)}
         rest = {name: value for name, value in values.items() if name not in ours}
         given = {
-            name: value
-            if ours[name] is None or ours[name] in (True, False)
-            else type(ours[name])(value)
+            # bool("False") is true: what is on or off is taken as it is.
+            name: value if isinstance(ours[name], bool | None) else type(ours[name])(value)
             for name, value in values.items()
             if name in ours
         }
