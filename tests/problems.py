@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.reference import Loss
+from torch_booster import BoosterOptimizer
 
 
 class MLP(nn.Module):
@@ -79,6 +80,16 @@ class Problem:
         loss = self.h()
         loss.backward()
         return loss
+
+    def take_step(self, opt: BoosterOptimizer, usage: str) -> None:
+        """One step, "one_call" or else in stages."""
+        opt.zero_grad()
+        if usage == "one_call":
+            opt.step(self.f_closure, self.h_closure)
+        else:
+            opt.regularize(self.h_closure)
+            self.f_closure()
+            opt.step()
 
 
 def make_problem(name: str = "mlp", seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:

@@ -191,13 +191,14 @@ class Hyperparameters:
 
     def _groups(self) -> list[dict[str, Any]]:
         """The param groups, completed where the base has got new ones."""
-        own = {STEP: max((group.get(STEP, 0) for group in self.param_groups), default=0)}
+        groups = self.param_groups
+        values = self._defaults | {STEP: max((g.get(STEP, 0) for g in groups), default=0)}
         if self.trust_region:
-            own |= {REGION: min((g.get(REGION, 1.0) for g in self.param_groups), default=1.0)}
-        for group in self.param_groups:
-            for key, value in (self._defaults | own).items():
+            values[REGION] = min((g.get(REGION, 1.0) for g in groups), default=1.0)
+        for group in groups:
+            for key, value in values.items():
                 group.setdefault(key, value)
-        return self.param_groups
+        return groups
 
     # ------------------------------------------------------------------ what was seen
 

@@ -151,13 +151,7 @@ def test_trajectory_equals_the_oracle(model: str, usage: str) -> None:
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         base.step()
-        opt.zero_grad()
-        if usage == "one_call":
-            opt.step(problem.f_closure, problem.h_closure)
-        else:
-            opt.regularize(problem.h_closure)
-            problem.f_closure()
-            opt.step()
+        problem.take_step(opt, usage)
     for p, q in zip(problem.params, params, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-12)
 

@@ -53,16 +53,6 @@ def wrapped(problem: Problem, alpha: float, **options: Any) -> BoosterOptimizer:
     return BoosterOptimizer(base, LAM, alpha, trust_region=True, self_check=False, **options)
 
 
-def step(opt: BoosterOptimizer, problem: Problem, usage: str = "one_call") -> None:
-    opt.zero_grad()
-    if usage == "one_call":
-        opt.step(problem.f_closure, problem.h_closure)
-    else:
-        opt.regularize(problem.h_closure)
-        problem.f_closure()
-        opt.step()
-
-
 def fraction(opt: BoosterOptimizer) -> float:
     (found,) = {group[REGION] for group in opt.param_groups}
     return found
@@ -83,7 +73,7 @@ def test_each_step_is_the_formulas_with_the_alpha_that_is_left(
     params = [p.detach().clone().requires_grad_() for p in problem.params]
     base, left = make("AdamW", params), 1.0
     for _ in range(6):
-        step(opt, problem, usage)
+        problem.take_step(opt, usage)
         ratio = drop_ratio(problem, params, left * alpha, norm)
         assume(abs(ratio - 0.25) > 1e-6)
         wanted = booster_gradient(problem.f_of, problem.h_of, params, LAM, left * alpha, norm=norm)
@@ -103,8 +93,8 @@ def test_where_h_falls_as_promised_nothing_changes() -> None:
     plain = BoosterOptimizer(make("AdamW", other.params), LAM, 0.01, self_check=False)
     opt = wrapped(one, 0.01)
     for _ in range(20):
-        step(opt, one)
-        step(plain, other)
+        one.take_step(opt, "one_call")
+        other.take_step(plain, "one_call")
     assert fraction(opt) == 1.0
     assert all(torch.equal(p, q) for p, q in zip(one.params, other.params, strict=True))
 
@@ -115,7 +105,7 @@ def test_alpha_grows_back_and_no_further() -> None:
     opt.param_groups[0][REGION] = 0.5
     seen = []
     for _ in range(20):
-        step(opt, problem)
+        problem.take_step(opt, "one_call")
         seen.append(fraction(opt))
     assert seen[:2] == pytest.approx([0.525, 0.55125])
     assert seen[-1] == 1.0
@@ -192,7 +182,7 @@ def test_only_steps_with_a_regulariser_count(every: int) -> None:
     opt = wrapped(problem, TOO_LONG, every=every)
     seen = []
     for _ in range(3):
-        step(opt, problem)
+        problem.take_step(opt, "one_call")
         seen.append(fraction(opt))
     assert seen[0] == 0.5
     assert len(set(seen)) == (1 if every == 3 else 3)
@@ -202,7 +192,7 @@ def test_what_is_left_of_alpha_is_saved_and_loaded() -> None:
     problem = make_problem("mlp", 1)
     opt = wrapped(problem, TOO_LONG)
     for _ in range(3):
-        step(opt, problem)
+        problem.take_step(opt, "one_call")
     assert fraction(opt) < 1
     other = copy.deepcopy(problem.params), make_problem("mlp", 1)
     for p, q in zip(other[1].params, other[0], strict=True):
@@ -210,8 +200,8 @@ def test_what_is_left_of_alpha_is_saved_and_loaded() -> None:
     resumed = wrapped(other[1], TOO_LONG)
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     for _ in range(3):
-        step(opt, problem)
-        step(resumed, other[1])
+        problem.take_step(opt, "one_call")
+        other[1].take_step(resumed, "one_call")
     assert fraction(resumed) == fraction(opt)
     assert all(torch.equal(p, q) for p, q in zip(problem.params, other[1].params, strict=True))
 
@@ -220,7 +210,7 @@ def test_a_state_of_the_bare_optimizer_leaves_what_is_in_force() -> None:
     problem = make_problem("mlp", 1)
     opt = wrapped(problem, TOO_LONG)
     bare = make("AdamW", make_problem("mlp", 1).params).state_dict()
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     opt.load_state_dict(bare)
     assert fraction(opt) == 0.5
 
@@ -230,8 +220,8 @@ def test_a_state_of_booster_without_it_brings_the_whole_alpha() -> None:
     opt = wrapped(problem, TOO_LONG)
     other = make_problem("mlp", 1)
     plain = BoosterOptimizer(make("AdamW", other.params), LAM, TOO_LONG, self_check=False)
-    step(plain, other)
-    step(opt, problem)
+    other.take_step(plain, "one_call")
+    problem.take_step(opt, "one_call")
     opt.load_state_dict(plain.state_dict())
     assert opt.is_due()
     assert fraction(opt) == 1.0
@@ -240,19 +230,19 @@ def test_a_state_of_booster_without_it_brings_the_whole_alpha() -> None:
 def test_a_state_without_a_trust_region_has_no_trace_of_it() -> None:
     problem = make_problem("mlp", 1)
     opt = BoosterOptimizer(make("AdamW", problem.params), LAM, TOO_LONG, self_check=False)
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     assert all(REGION not in group for group in opt.state_dict()["param_groups"])
     opt.trust_region = True  # a run may take it up
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     assert fraction(opt) == 0.5
 
 
 def test_switched_off_the_whole_alpha_is_in_force() -> None:
     problem = make_problem("mlp", 1)
     opt = wrapped(problem, TOO_LONG)
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     opt.trust_region = False
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     assert opt.diagnostics is not None
     assert opt.diagnostics.perturbation_norm.item() == pytest.approx(TOO_LONG)
     assert fraction(opt) == 0.5
@@ -262,10 +252,10 @@ def test_the_users_alpha_stays_the_users() -> None:
     """A scheduler of α, or a group with its own, is shortened in proportion."""
     problem = make_problem("mlp", 1)
     opt = wrapped(problem, TOO_LONG)
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     assert opt.alpha == TOO_LONG
     opt.alpha = 1.0
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     assert opt.diagnostics is not None
     assert opt.diagnostics.perturbation_norm.item() == pytest.approx(0.5)
 
@@ -273,7 +263,7 @@ def test_the_users_alpha_stays_the_users() -> None:
 def test_a_group_that_comes_late_joins_the_others() -> None:
     problem = make_problem("mlp", 1)
     opt = wrapped(problem, TOO_LONG)
-    step(opt, problem)
+    problem.take_step(opt, "one_call")
     opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
     assert fraction(opt) == 0.5
 

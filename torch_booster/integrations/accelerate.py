@@ -129,9 +129,11 @@ def step(optimizer: Optimizer, alignment_closure: Closure, harmful_closure: Clos
 
 def loss_scale(booster: BoosterOptimizer, prepared: Any) -> float:
     """By which `accelerator.backward` makes gradients larger than the loss; for a trust region."""
-    around = *layers(prepared), *layers(booster.base_optimizer)
-    scalers = [s for layer in around if (s := getattr(layer, "scaler", None)) is not None]
-    return scalers[0].get_scale() if booster.trust_region and scalers else 1.0
+    if booster.trust_region:
+        for layer in (*layers(prepared), *layers(booster.base_optimizer)):
+            if (scaler := getattr(layer, "scaler", None)) is not None:
+                return scaler.get_scale()
+    return 1.0
 
 
 class AcceleratedEngine(BoosterEngine, DeepSpeedEngineWrapper):

@@ -184,7 +184,8 @@ class BoosterEngine(Hyperparameters):
     def _difference(self, harmful_closure: Closure) -> list[Tensor]:
         """∇h(w) − ∇h(w′) of this rank's pieces; weights and gradients are left as they were."""
         shards, check = self._shards, not self._now.checked
-        alphas = [self._alpha(self._groups()[i]) for i in shards.group_of]
+        groups = self._groups()
+        alphas = [self._alpha(groups[i]) for i in shards.group_of]
         with _HarmfulPasses(harmful_closure, self.engine, shards, self.replay_rng) as harmful:
             trial = harmful.run() if check else None
             h, g = harmful.run()  # h(w), ∇h(w), multiplied by the loss scale

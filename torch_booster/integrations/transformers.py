@@ -437,8 +437,10 @@ class BoosterMixin(Trainer):
     ) -> None:
         batch = self._next_harmful_batch(booster.step_count // booster.every)
         num_items = self._get_num_items_in_batch([batch], self.args.device)
+        passes: Callable[[Callable[[], Tensor]], Any] = booster._regularize
         if isinstance(booster, BoosterOptimizer):
             booster._end_waiting()  # of a step that a scaler skipped; the trainer has zeroed it
+            passes = partial(passes, loss_scale=loss_scale(booster, self.accelerator))
 
         def closure() -> Tensor:
             return run(copy.deepcopy(batch), num_items)  # a loss may edit its batch in place
@@ -446,10 +448,7 @@ class BoosterMixin(Trainer):
         with _kept(self, (*RECORDS, "in_harmful_pass")):
             self.in_harmful_pass = True
             self.current_gradient_accumulation_steps = 1  # h is not accumulated
-            if isinstance(booster, BoosterOptimizer):
-                booster._regularize(closure, loss_scale(booster, self.accelerator))
-            else:
-                booster._regularize(closure)
+            passes(closure)
         seen = booster.diagnostics
         assert seen is not None
         self._count_what_happened(booster)
